@@ -8,7 +8,7 @@ from typing import Any
 from drawing import MUTED, finish, frame, look, page, themed
 from matplotlib.figure import Figure
 
-from keeptune.report.estimates import kept, learned, methods, yardstick
+from keeptune.report.estimates import methods, over, yardstick
 from keeptune.report.numbers import listing, short
 from keeptune.report.records import as_report
 
@@ -24,7 +24,7 @@ def tradeoff(report: Mapping[str, Any]) -> Figure:
         axes = figure.subplots()
         axes.axhline(100, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
         for index, method in enumerate(methods(parsed)):
-            x, y, drawn = learned(method, task), kept(method, knowledge), look(index)
+            x, y, drawn = over(method, "learned", task), over(method, "kept", knowledge), look(index)
             if x is None or y is None:
                 continue
             axes.plot([x.low, x.high], [y.mean] * 2, color=drawn.colour, lw=1, alpha=0.6)

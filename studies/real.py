@@ -28,7 +28,7 @@ import keeptune
 from keeptune.core.artefact import content_key, read_json, write_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.evaluation.model_pairs import KeptAnswers
-from keeptune.experiments.posthoc_variants import VARIANTS, Pruned, Variant, Variants, score_variants
+from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
 from keeptune.methods.base import methods
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.run import plan_stage, start
@@ -68,7 +68,7 @@ class Entry:
     knowledge: str | None = None
     steps: float = 1.0
     parent: str | None = None
-    variant: Variants | None = None
+    variant: Variant | None = None
     repair: Row | None = None
 
 
@@ -77,8 +77,8 @@ def entries() -> dict[str, Entry]:
     base, own = f"lora, {RATE:g}", "generated"
     found = {
         **{f"lora, {rate:g}": Entry(rate=rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)},
-        **{f"lora scaled, {s:g}": Entry(parent=base, variant=Variant(s)) for s in (0.25, 0.5, 0.75)},
-        **{f"fapm, {s:g}": Entry(parent=base, variant=Pruned(s)) for s in (0.5, 0.9)},
+        **{f"lora scaled, {s:g}": Entry(parent=base, variant=Variant("scale", s)) for s in (0.25, 0.5, 0.75)},
+        **{f"fapm, {s:g}": Entry(parent=base, variant=Variant("pruned", s)) for s in (0.5, 0.9)},
         "lora rank 2": Entry(lora(2)),
         "lora half the steps": Entry(steps=0.5),
         **{f"repair, {mu:g}": Entry(parent=base, repair={"mu": mu}) for mu in (0.3, 1.0)},

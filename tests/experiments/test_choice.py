@@ -151,7 +151,7 @@ def test_words_that_are_no_limit_are_refused(words: list[str]) -> None:
 
 def written(job: Job, output: Path, scale: float | None = None) -> dict[str, Any]:
     """Write the records of one run, or of the same run scaled alone."""
-    variant = None if scale is None else Variant(scale)
+    variant = None if scale is None else Variant("scale", scale)
     if variant is not None:
         score_variants(job, [variant])
     found = row_of(spec(job.output, name=job.output.name), Outcome("done"), variant)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from tests.models import gpt2, llama
 from torch import Tensor
 
 from keeptune.adapter.probe import logits_of, random_probe
-from keeptune.experiments.posthoc_variants import Variant, put_between, refusal, scaled_adapter, variant_of
+from keeptune.experiments.posthoc_variants import Variant, put_between, refusal, scaled_adapter
 
 
 def adapted(base: Any = None, size: float = 0.5, **config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
@@ -43,7 +42,7 @@ def changes(model: PeftModel) -> dict[str, Tensor]:
 def test_a_scale_multiplies_every_change() -> None:
     model, tensors = adapted()
     before = changes(model)
-    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant(0.25)))
+    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant("scale", 0.25)))
     after = changes(model)
     assert len(before) == 4
     for name, change in before.items():
@@ -55,9 +54,9 @@ def test_a_scale_of_nothing_is_the_base_and_of_one_the_adapter() -> None:
     probe = random_probe(model)
     tuned, base = logits_of(model, probe), logits_of(llama(), probe)
     assert not torch.allclose(tuned, base)
-    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant(0)))
+    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant("scale", 0)))
     assert torch.equal(logits_of(model, probe), base)
-    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant(1)))
+    set_peft_model_state_dict(model, scaled_adapter(tensors, Variant("scale", 1)))
     assert torch.equal(logits_of(model, probe), tuned)
 
 
@@ -65,7 +64,7 @@ def test_a_scale_of_nothing_is_the_base_and_of_one_the_adapter() -> None:
 @pytest.mark.filterwarnings("ignore:Adapter .* invalid shape")
 def test_the_bias_of_an_adapter_is_scaled_with_it() -> None:
     model, tensors = adapted(gpt2(), lora_bias=True, fan_in_fan_out=True)
-    found = scaled_adapter(tensors, Variant(0.5))
+    found = scaled_adapter(tensors, Variant("scale", 0.5))
     biases = [name for name in tensors if name.endswith("lora_B.bias")]
     assert len(biases) == 2
     for name in biases:
@@ -86,9 +85,9 @@ def test_a_whole_model_lies_between_base_and_tuned(dtype: torch.dtype) -> None:
     base, tuned, model = llama(0, dtype), llama(1, dtype), llama(2, dtype)
     end = {name: weight.detach().clone() for name, weight in tuned.named_parameters()}
     for factor, same in ((0, base), (1, tuned)):
-        put_between(model, base, end, Variant(factor).between)
+        put_between(model, base, end, Variant("scale", factor).between)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
-    put_between(model, base, end, Variant(0.25).between, ["model.norm"])
+    put_between(model, base, end, Variant("scale", 0.25).between, ["model.norm"])
     for (name, weight), start in zip(model.named_parameters(), base.parameters(), strict=True):
         factor = 1.0 if name == "model.norm.weight" else 0.25
         expected = (start.float() + factor * (end[name].float() - start.float())).to(dtype)
@@ -98,15 +97,15 @@ def test_a_whole_model_lies_between_base_and_tuned(dtype: torch.dtype) -> None:
 def test_a_head_that_the_base_has_not_stays_as_tuned() -> None:
     base, tuned, model = llama(0), llama(1), llama(2)
     end = {name: weight.detach().clone() for name, weight in tuned.named_parameters()}
-    put_between(model, base, end, Variant(0).between, ["lm_head"])
+    put_between(model, base, end, Variant("scale", 0).between, ["lm_head"])
     assert torch.equal(model.lm_head.weight, tuned.lm_head.weight)
     assert torch.equal(model.model.norm.weight, base.model.norm.weight)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_a_variant_is_read_back_and_has_a_folder_of_its_own(value: float, other: float) -> None:
-    variant = Variant(value)
-    assert variant_of(asdict(variant)) == variant
+    variant = Variant("scale", value)
+    assert Variant(*next(iter(variant.record.items()))) == variant
     assert len(variant.slug) < 80
-    assert (variant.slug == Variant(other).slug) == (value == other)
-    assert (Variant(0.5).slug, Variant(1).slug) == ("scale-0.5", "scale-1")
+    assert (variant.slug == Variant("scale", other).slug) == (value == other)
+    assert (Variant("scale", 0.5).slug, Variant("scale", 1).slug) == ("scale-0.5", "scale-1")

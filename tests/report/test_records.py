@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import ArtefactError
-from keeptune.report.estimates import Series, lost, methods, series
+from keeptune.report.estimates import Series, methods, over, series
 from keeptune.report.records import as_report
 
 
@@ -65,17 +65,17 @@ def test_label_groups_runs(full: dict[str, Any]) -> None:
 
 def test_forgetting_has_the_right_sign_and_unit(full: dict[str, Any]) -> None:
     lora = methods(as_report(full))[0]
-    facts, wiki = (lost(lora, [kind]) for kind in series(as_report(full), "knowledge"))
+    facts, wiki = (over(lora, "lost", [kind]) for kind in series(as_report(full), "knowledge"))
     assert facts is not None and wiki is not None
     assert facts.mean == pytest.approx(26.9)
     assert facts.low < facts.mean < facts.high
     assert wiki.mean == pytest.approx(0.1345)
-    assert lost(lora, [Series("nothing", "knowledge", "exact_match")]) is None
+    assert over(lora, "lost", [Series("nothing", "knowledge", "exact_match")]) is None
 
 
 def test_a_run_that_lacks_a_benchmark_leaves_the_mean(full: dict[str, Any]) -> None:
     report = as_report(full)
     chosen = series(report, "knowledge")
-    assert lost(methods(report)[0], chosen) is not None
+    assert over(methods(report)[0], "lost", chosen) is not None
     del full["methods"][0]["benchmarks"][1], full["methods"][1]["benchmarks"][1]
-    assert lost(methods(as_report(full))[0], chosen) is None
+    assert over(methods(as_report(full))[0], "lost", chosen) is None

@@ -25,7 +25,7 @@ from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.experiments.axes import Axis, unit_of, value_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
-from keeptune.experiments.posthoc_variants import copy_result, variant_of, write_variant
+from keeptune.experiments.posthoc_variants import Variant, copy_result, write_variant
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.reporting import entry_of
 from keeptune.pipeline.scoring import find_result, result_fingerprint
@@ -199,7 +199,9 @@ def _export(record: Row, choice: Row, best: Path) -> None:
             _check_weights(fresh, weights)
     else:
         recipe = make_recipe(read_json(run / "recipe.json"), folder=Path(), where=f"recipe of {run}")
-        write_variant(Job(recipe.model_copy(update={"output": run})), variant_of(row["variant"]), best)
+        write_variant(
+            Job(recipe.model_copy(update={"output": run})), Variant(*next(iter(row["variant"].items()))), best
+        )
     _write_card(best, run, row, choice)
 
 

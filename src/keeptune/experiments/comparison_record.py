@@ -10,7 +10,6 @@ import datetime
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,17 @@ from keeptune.experiments.compare_section import CompareSection
 from keeptune.experiments.front import SETTING, Point, as_json, families, pareto, points_of
 from keeptune.experiments.matched import matched
 from keeptune.experiments.plan_runs import RunSpec
-from keeptune.experiments.posthoc_variants import VARIANTS, Variants
+from keeptune.experiments.posthoc_variants import VARIANTS, Variant
 from keeptune.experiments.single_run import Outcome
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 
 RUNS_FILE, FRONT = "runs.json", "front.json"
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
+_SAID = {"scale": "scaled", "pruned": "pruned"}
 _SETTING = ("method", "settings", "learning_rate", "strength")
 
 
-def row_of(spec: RunSpec, outcome: Outcome, variant: Variants | None = None) -> dict[str, Any]:
+def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> dict[str, Any]:
     """Reads the folder of a run, or of a post-hoc variant of its result, into a row of ``runs.json``, without its axes.
 
     Of a run that is done but whose scores are missing, or are of other weights, the status is ``"missing"``.
@@ -41,8 +41,8 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variants | None = None) -> 
     row: dict[str, Any] = {
         **{key: getattr(spec, key) for key in (*_SETTING, "seed", "x")},
         "name": spec.name if variant is None else f"{spec.name}/{variant.slug}",
-        "label": spec.label if variant is None else f"{spec.label}, {variant.said}",
-        "variant": None if variant is None else asdict(variant),
+        "label": spec.label if variant is None else f"{spec.label}, {_SAID[variant.kind]}",
+        "variant": None if variant is None else variant.record,
         "of": None if variant is None else spec.label,
         "folder": str(folder),
         "status": outcome.status,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from keeptune.core.intervals import lower_is_better, mean_of_seeds
+from keeptune.experiments.front import as_json
 
 _BOTH: Final = "mean of learned and kept"
 Rows = Sequence[Mapping[str, Any]]
@@ -71,8 +72,8 @@ def _table(places: Places, grid: Mapping[str, Any]) -> dict[str, Any]:
     cells = [[_cell(places.get((down, across), {})) for across in range(wide)] for down in range(high)]
     return {
         "cells": cells,
-        "rows": [_mean(line) for line in cells],
-        "columns": [_mean([line[across] for line in cells]) for across in range(wide)],
+        "rows": [*map(_mean, cells)],
+        "columns": [*map(_mean, zip(*cells, strict=True))],
         "mean": _mean([cell for line in cells for cell in line]),
     }
 
@@ -81,8 +82,8 @@ def _cell(seeds: Mapping[int, float]) -> dict[str, Any] | None:
     estimate = mean_of_seeds(list(seeds.values()))
     if estimate is None:
         return None
-    ends = {key: getattr(estimate, key) if estimate.has_interval else None for key in ("low", "high")}
-    return {"mean": estimate.mean, **ends, "seeds": {str(seed): value for seed, value in seeds.items()}}
+    numbers = {key: value for key, value in as_json(estimate).items() if key != "sd"}
+    return numbers | {"seeds": {str(seed): value for seed, value in seeds.items()}}
 
 
 def _mean(line: Sequence[Mapping[str, Any] | None]) -> float | None:

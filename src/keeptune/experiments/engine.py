@@ -29,7 +29,7 @@ from keeptune.core.processes import by_first, is_first, world
 from keeptune.experiments.cell import attempt_together
 from keeptune.experiments.compare_section import Resources
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
-from keeptune.experiments.posthoc_variants import Pruned, Variant, Variants
+from keeptune.experiments.posthoc_variants import Variant
 from keeptune.experiments.single_run import Outcome, RunTask, attempt, finished, task_key
 from keeptune.model.head import body_fingerprint
 from keeptune.pipeline.job import Job
@@ -55,12 +55,13 @@ def _resources(comparison: Comparison) -> Resources | None:
     return None
 
 
-def variants_of(comparison: Comparison, label: str) -> Sequence[Variants]:
+def variants_of(comparison: Comparison, label: str) -> Sequence[Variant]:
     """Returns the post-hoc variants of an entry's runs: those of plain LoRA are baselines that need no training."""
     section = comparison.section
     if not section.baselines or label != comparison.plain:
         return ()
-    return [*(Variant(scale) for scale in section.scales if scale != 1), *map(Pruned, section.pruned)]
+    scaled = [Variant("scale", scale) for scale in section.scales if scale != 1]
+    return [*scaled, *(Variant("pruned", share) for share in section.pruned)]
 
 
 def tasks_of(comparison: Comparison, specs: Sequence[RunSpec]) -> tuple[dict[str, RunTask], frozenset[str]]:
@@ -105,7 +106,11 @@ def _run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Ou
     if not waiting:
         return outcomes
     with logging_redirect_tqdm():
-        ended = _run_each(comparison, waiting)
+        resources = _resources(comparison)
+        if resources is None:  # warnings are logged here as they come
+            ended: Iterator[tuple[RunTask, Outcome]] = ((task, replace(attempt(task), warnings=())) for task in waiting)
+        else:
+            ended = _on_ray(waiting, resources, comparison.output)
         bar = tqdm(ended, total=len(waiting), desc="runs", unit="run", disable=None, smoothing=0)
         for number, (task, outcome) in enumerate(bar, start=1):
             outcomes[task.name] = outcome
@@ -135,15 +140,6 @@ def only_one(output: Path) -> Iterator[None]:
         yield
 
 
-def _run_each(comparison: Comparison, tasks: Sequence[RunTask]) -> Iterator[tuple[RunTask, Outcome]]:
-    resources = _resources(comparison)
-    if resources is not None:
-        yield from _on_ray(tasks, resources, comparison.output)
-        return
-    for task in tasks:
-        yield task, replace(attempt(task), warnings=())  # they were logged here as they came
-
-
 def _on_ray(tasks: Sequence[RunTask], resources: Resources, output: Path) -> Iterator[tuple[RunTask, Outcome]]:
     with _started_ray(resources) as ray:
         token = secrets.token_hex(16)
@@ -154,20 +150,13 @@ def _on_ray(tasks: Sequence[RunTask], resources: Resources, output: Path) -> Ite
         running = {remote.remote(task, token, resources.launch): task for task in tasks}
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(ready), _outcome(ray, ready)
-
-
-def _outcome(ray: Any, ready: Any) -> Outcome:
-    try:
-        outcome: Outcome = ray.get(ready)
-        return outcome
-    except ray.exceptions.WorkerCrashedError:
-        message = f"its worker process died {_RETRIES + 1} times; out of memory?"
-    except ray.exceptions.RayTaskError as error:
-        message = f"an unexpected error: {error}"
-    except ray.exceptions.RayError as error:
-        message = f"{type(error).__name__}: {error}"
-    return Outcome("failed", message)
+            try:
+                outcome = ray.get(ready)
+            except ray.exceptions.WorkerCrashedError:
+                outcome = Outcome("failed", f"its worker process died {_RETRIES + 1} times; out of memory?")
+            except ray.exceptions.RayError as error:
+                outcome = Outcome("failed", f"{type(error).__name__}: {error}")
+            yield running.pop(ready), outcome
 
 
 def _on_worker(task: RunTask, token: str, launch: Launch) -> Outcome:

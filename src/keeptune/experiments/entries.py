@@ -126,7 +126,9 @@ def read_entries(
     for index, given in enumerate(section.methods):
         at = f"{where}, key compare.methods.{index}"
         entries.append(placed(at, partial(_entry, given, section, rates, at)))
-    plain = next((e for e in entries if _is_plain(e, values)), None)
+    more = {"replay", "penalties"}
+    alone = (e for e in entries if _is_lora(e, more) and not any(_has(e, values, key) for key in more))
+    plain = next(alone, None)
     if section.baselines:
         entries, plain = _with_baselines(entries, plain, values, rates)
     check_labels(
@@ -235,9 +237,15 @@ def _variations(method: Any, own: Any, factors: Sequence[float], where: str) -> 
         ).items()
         check_settings(own, where, _FIXED_IN_METHODS)
         return tuple(Variation({key: value}, None, f"x{slug(as_text(value))}") for value in values)
-    if own is None and getattr(make_method(method, seed=0), "strength_option", None) is None:
+    made = make_method(method, seed=0)
+    if own is None and getattr(made, "strength_option", None) is None:
         return (Variation(),)
-    return tuple(_by_factor(method, factor) for factor in (factors if own is None else _read_numbers(own, where)))
+    variations = []
+    for factor in factors if own is None else _read_numbers(own, where):
+        option, value = stronger(made, factor)
+        changed = {} if factor == 1 else {f"method.{option}": float(f"{value:.10g}")}
+        variations.append(Variation(changed, factor, "" if factor == 1 else f"x{short(factor)}"))
+    return tuple(variations)
 
 
 def _read_numbers(given: Any, where: str) -> list[float]:
@@ -251,16 +259,6 @@ def _read(kind: TypeAdapter[Any], given: Any, where: str, wanted: str, example: 
         return kind.validate_python(given)
     except ValidationError as error:
         raise RecipeError(where, got=repr(given), wanted=wanted, next_step=f"Example: {example}.") from error
-
-
-def _by_factor(method: Any, factor: float) -> Variation:
-    option, value = stronger(make_method(method, seed=0), factor)
-    changed = {} if factor == 1 else {f"method.{option}": float(f"{value:.10g}")}
-    return Variation(changed, factor, "" if factor == 1 else f"x{short(factor)}")
-
-
-def _is_plain(entry: Entry, values: Mapping[str, Any]) -> bool:
-    return _is_lora(entry, {"replay", "penalties"}) and not any(_has(entry, values, k) for k in ("replay", "penalties"))
 
 
 def _is_lora(entry: Entry, more: set[str]) -> bool:
@@ -279,7 +277,10 @@ def _with_baselines(
     off |= {"penalties": []} if values.get("penalties") else {}
     if plain is None:
         taken = any(slug(entry.label) == "lora" for entry in entries)
-        plain = Entry("plain lora" if taken else "lora", {"method": _usual_lora(entries), **off}, tuple(rates))
+        ranks = Counter(e.settings["method"].get("rank") for e in entries)
+        usual = [rank for rank, _ in ranks.most_common() if isinstance(rank, int)][:1]
+        method = {"name": "lora"} | ({"rank": usual[0]} if usual else {})
+        plain = Entry("plain lora" if taken else "lora", {"method": method, **off}, tuple(rates))
         entries = [plain, *entries]
     lower = float(f"{min(rate for rate in plain.rates if rate is not None) / 4:.6g}")
     slower = replace(plain, rates=(lower, *plain.rates))
@@ -290,9 +291,3 @@ def _with_baselines(
         settings = {**copy.deepcopy(dict(plain.settings)), "replay": _REPLAY}
         entries.append(Entry(f"{plain.label} + {_REPLAY:.0%} replay", settings, plain.rates))
     return entries, slower
-
-
-def _usual_lora(entries: Sequence[Entry]) -> dict[str, Any]:
-    given = [entry.settings["method"].get("rank") for entry in entries]
-    ranks = Counter(rank for rank in given if isinstance(rank, int))
-    return {"name": "lora"} | ({"rank": ranks.most_common(1)[0][0]} if ranks else {})

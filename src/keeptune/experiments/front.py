@@ -81,23 +81,18 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Point], list[dict
     for row in rows:
         setting = canonical_json([row[key] for key in ("label", *SETTING)])
         twin = next((other for other in groups.get(setting, ()) if other["seed"] == row["seed"]), None)
-        why = _unusable(row) or ("" if twin is None else f"the same setting and seed as {twin['name']}")
+        lacking = [side for side in SIDES if row[side] is None or not math.isfinite(row[side])]
+        why = "" if twin is None else f"the same setting and seed as {twin['name']}"
+        if row["status"] != "done":
+            why = f"{row['status']}: {row['message'] or 'no message'}"
+        elif lacking:
+            why = row.get("why") or f"{lacking[0]} is not a finite number"
         if why:
             excluded.append({"run": row["name"], "why": why})
         else:
             groups.setdefault(setting, []).append(row)
     taken: set[str] = set()
     return [_point(members, taken) for members in groups.values()], excluded
-
-
-def _unusable(row: Mapping[str, Any]) -> str:
-    if row["status"] != "done":
-        return f"{row['status']}: {row.get('message') or 'no message'}"
-    for key in SIDES:
-        value = row.get(key)
-        if value is None or not math.isfinite(value):
-            return str(row.get("why") or f"{key} is not a finite number")
-    return ""
 
 
 def _point(members: Sequence[Mapping[str, Any]], taken: set[str]) -> Point:
@@ -131,14 +126,8 @@ def pareto(places: Sequence[Place]) -> list[bool]:
     ]
 
 
-def common_seeds(points: Sequence[Point]) -> list[int]:
-    """Returns the seeds that all points have, sorted."""
-    return sorted(set.intersection(*(set(point.places) for point in points)))
-
-
 def places_by_seed(points: Sequence[Point]) -> dict[int | None, list[Place]]:
-    """Returns the places of points by seed that all have; under None their means, where no seed is common."""
-    by_seed: dict[int | None, list[Place]] = {
-        seed: [point.places[seed] for point in points] for seed in common_seeds(points)
-    }
+    """Returns the places of points by seed that all have, sorted; under None their means, where no seed is common."""
+    seeds = sorted(set.intersection(*(set(point.places) for point in points)))
+    by_seed: dict[int | None, list[Place]] = {seed: [point.places[seed] for point in points] for seed in seeds}
     return by_seed or {None: [point.place for point in points]}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from keeptune.core.errors import need_known
-from keeptune.experiments.front import Place, Point, as_json, common_seeds, pareto, places_by_seed, spread
+from keeptune.experiments.front import Place, Point, as_json, pareto, places_by_seed, spread
 
 How = Literal["exact", "interpolated", "above", "not reached"]
 _ORDER: tuple[How, ...] = ("exact", "interpolated", "above", "not reached")
@@ -99,7 +99,7 @@ def _row(label: str, points: Sequence[Point], score: float) -> dict[str, Any]:
     values = {seed: one.forgotten for seed, one in at.items() if one.forgotten is not None}
     missed = [seed for seed in at if seed not in values]
     used = sorted({index for one in at.values() for index in one.used})
-    seeds = common_seeds(points)  # none: the front of the points' means, without an interval
+    seeds = [seed for seed in at if seed is not None]  # none: the front of the points' means, without an interval
     return {
         "label": label,
         "forgotten": None if missed else as_json(spread(list(values.values()))),

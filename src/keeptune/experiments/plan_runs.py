@@ -112,7 +112,16 @@ def load_comparison(
             wanted="methods in the `compare` section alone",
             next_step="Move it to compare.methods.",
         )
-    rates = section.learning_rate or _own_rate(values, where)
+    train = values.get("train")
+    rate = train.get("learning_rate") if isinstance(train, Mapping) else None
+    rates = section.learning_rate or ([float(rate)] if isinstance(rate, int | float) else [])
+    if not rates:
+        raise RecipeError(
+            f"{where}, key compare.learning_rate",
+            got="nothing",
+            wanted="learning rates: methods are compared each at its best",
+            next_step="Example: learning_rate: [5e-4, 1e-3, 2e-3].",
+        )
     entries, plain = read_entries(section, values, rates, where)
     base = make_recipe(values, folder=path.parent, where=where, fetch=fetch)
     if base.published is not None:
@@ -152,19 +161,6 @@ def sweep_of(
     base = make_recipe(values, folder=path.parent, where=where)
     about = {"axis": axis_of(entries), **about}
     return Comparison(path, values, section, entries, about.get("baseline"), base, hub.fetch, kind, about, below)
-
-
-def _own_rate(values: Mapping[str, Any], where: str) -> list[float]:
-    train = values.get("train")
-    rate = train.get("learning_rate") if isinstance(train, Mapping) else None
-    if not isinstance(rate, int | float):
-        raise RecipeError(
-            f"{where}, key compare.learning_rate",
-            got="nothing",
-            wanted="learning rates: methods are compared each at its best",
-            next_step="Example: learning_rate: [5e-4, 1e-3, 2e-3].",
-        )
-    return [float(rate)]
 
 
 def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:

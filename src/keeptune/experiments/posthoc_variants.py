@@ -20,10 +20,10 @@ import logging
 import shlex
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from peft import set_peft_model_state_dict
@@ -49,44 +49,31 @@ VARIANTS = "variants"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-class _Slug:
+@dataclass(frozen=True)
+class Variant:
+    """A post-hoc variant: the change times a ``"scale"`` (eq. 1), or without a share of its numbers (``"pruned"``).
+
+    The ``value`` is from 0 to 1; a scale of 1 and a share of 0 leave the result as it is.
+    """
+
+    kind: Literal["scale", "pruned"]
+    value: float
+
     @property
     def slug(self) -> str:
         """Its name as a folder, in as many digits as separate it from every other value."""
-        ((name, value),) = asdict(self).items()  # type: ignore[call-overload]  # of a dataclass
-        return f"{name}-{repr(float(value)).removesuffix('.0')}"
+        return f"{self.kind}-{repr(float(self.value)).removesuffix('.0')}"
 
-
-@dataclass(frozen=True)
-class Variant(_Slug):
-    """A post-hoc variant: the whole change times ``scale`` (eq. 1), from 0 to 1, which leaves the result as it is."""
-
-    scale: float
-    said: ClassVar[str] = "scaled"
+    @property
+    def record(self) -> dict[str, float]:
+        """Itself as records have it, such as ``{"scale": 0.5}``."""
+        return {self.kind: self.value}
 
     def between(self, start: Tensor, end: Tensor) -> Tensor:
         """Returns a weight of the variant, given the base's and the tuned one; exact at both ends."""
-        return torch.lerp(start, end, self.scale)
-
-
-@dataclass(frozen=True)
-class Pruned(_Slug):
-    """A post-hoc variant: the change without a share of its numbers, from 0, which leaves the result, to 1."""
-
-    pruned: float
-    said: ClassVar[str] = "pruned"
-
-    def between(self, start: Tensor, end: Tensor) -> Tensor:
-        """Returns a weight of the variant, given the base's and the tuned one; exact at both ends."""
-        return torch.where(kept(start, end - start, self.pruned), end, start)
-
-
-Variants = Variant | Pruned
-
-
-def variant_of(record: Mapping[str, float]) -> Variants:
-    """Returns the variant that a record tells of."""
-    return Pruned(**record) if "pruned" in record else Variant(**record)
+        if self.kind == "scale":
+            return torch.lerp(start, end, self.value)
+        return torch.where(kept(start, end - start, self.value), end, start)
 
 
 class _Loaded:
@@ -97,18 +84,18 @@ class _Loaded:
         else:
             self.tensors = {name: weight.detach().clone() for name, weight in self.pair.tuned.named_parameters()}
 
-    def refusal(self, variant: Variants) -> str:
+    def refusal(self, variant: Variant) -> str:
         """Returns why the result cannot have a variant; empty where it can."""
         if not isinstance(self.pair, AdapterPair):
             return ""
-        if isinstance(variant, Pruned) and is_quantised(self.pair.peft_model):
+        if variant.kind == "pruned" and is_quantised(self.pair.peft_model):
             return "its base is quantised, and a pruned change has no other form than a whole model"
         return refusal(self.tensors, self.pair.peft_model.peft_config["default"])
 
-    def make(self, variant: Variants) -> AdapterPair | TwoModels:
+    def make(self, variant: Variant) -> AdapterPair | TwoModels:
         """Returns the models before and after, with a variant."""
         pair, tensors = self.pair, self.tensors
-        if isinstance(pair, AdapterPair) and isinstance(variant, Variant):
+        if isinstance(pair, AdapterPair) and variant.kind == "scale":
             set_peft_model_state_dict(pair.peft_model, scaled_adapter(tensors, variant))
             return pair
         if isinstance(pair, AdapterPair):
@@ -134,7 +121,7 @@ def scaled_adapter(tensors: Mapping[str, Tensor], variant: Variant) -> dict[str,
     """
     return {
         # B and its bias hold the factor of a change; A and what is no change stay.
-        name: value * variant.scale if "lora_B" in name or "lora_embedding_B" in name else value.clone()
+        name: value * variant.value if "lora_B" in name or "lora_embedding_B" in name else value.clone()
         for name, value in tensors.items()
     }
 
@@ -158,7 +145,7 @@ def put_between(
         weight.copy_(end if name.startswith(heads) else between(start.to(exact), end))
 
 
-def score_variants(job: Job, variants: Sequence[Variants], *, kept: KeptAnswers | None = None) -> dict[str, str]:
+def score_variants(job: Job, variants: Sequence[Variant], *, kept: KeptAnswers | None = None) -> dict[str, str]:
     """Scores the variants of a finished run that are not scored yet; returns why it lacks some, by folder name."""
     folder = by_first(lambda: find_result(job.output))
     weights = by_first(lambda: result_fingerprint(folder))
@@ -167,22 +154,22 @@ def score_variants(job: Job, variants: Sequence[Variants], *, kept: KeptAnswers 
     refused = {}
     for variant in variants:
         place = job.output / VARIANTS / variant.slug
-        stored = Stored(variant.slug, place / "variant.json", content_key([weights, names, variant]))
+        stored = Stored(variant.slug, place / "variant.json", content_key([weights, names, variant.record]))
         record = stored.read()
         why = loaded().refusal(variant) if record is None else record["message"]
         if why:
             refused[variant.slug] = why
         pair = cache(lambda variant=variant: loaded().make(variant))
         for benchmark in () if why else job.recipe.evaluate:
-            score(job, benchmark, pair, place, weights, kept, asdict(variant))
+            score(job, benchmark, pair, place, weights, kept, variant.record)
         if record is None:  # last: it is the mark of what is finished
             if why:
                 _log.warning("%s: %s is left out: %s", job.output.name, variant.slug, why)
-            stored.write({"variant": asdict(variant), "weights": weights, "benchmarks": names, "message": why})
+            stored.write({"variant": variant.record, "weights": weights, "benchmarks": names, "message": why})
     return refused
 
 
-def write_variant(job: Job, variant: Variants, output: Path) -> Path:
+def write_variant(job: Job, variant: Variant, output: Path) -> Path:
     """Writes a variant of a run's result, whole or not at all, and checks it on a freshly loaded base.
 
     Raises:
@@ -212,7 +199,7 @@ def write_variant(job: Job, variant: Variants, output: Path) -> Path:
             load = f'AutoModelForSequenceClassification.from_pretrained("{output}")'
             serve = load if job.head else shlex.join(["vllm", "serve", str(output)])
             export |= {"format": "merged", "rank": 0, "serve": serve}
-        write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant})
+        write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant.record})
     return output
 
 
@@ -225,12 +212,11 @@ def copy_result(folder: Path, fresh: Path, output: Path, *without: str) -> None:
         write_text(fresh / name, text.replace(was, str(output)))
 
 
-def _write_weights(job: Job, pair: AdapterPair | TwoModels, folder: Path, fresh: Path, variant: Variants) -> Any:
-    if isinstance(pair, AdapterPair) and isinstance(variant, Variant):
+def _write_weights(job: Job, pair: AdapterPair | TwoModels, folder: Path, fresh: Path, variant: Variant) -> Any:
+    if isinstance(pair, AdapterPair):
         tensors = scaled_adapter(load_file(folder / _WEIGHTS), variant)
         write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})
         return load_adapter(job.base(), fresh)
-    assert isinstance(pair, TwoModels)
     pair.tuned.save_pretrained(fresh)
     dtype: Any = str(pair.tuned.dtype).removeprefix("torch.")
     return load_model(str(fresh), LoadOptions(dtype=dtype, device=job.device, head=job.head))

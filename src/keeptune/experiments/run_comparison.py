@@ -22,17 +22,21 @@ from keeptune.report.pages.sweep_charts import benefit_charts, sweep_charts, swe
 
 @dataclass(frozen=True)
 class Compared:
-    """The results of a comparison: its records, the messages of runs that failed by name, and a sweep's figure."""
+    """The results of a comparison.
+
+    Args:
+        runs: ``runs.json``.
+        front: ``front.json``.
+        failed: The messages of runs that failed, by name.
+        series: The finished runs as points of a sweep, as its tables and figures read them.
+        figure: That of a sweep.
+    """
 
     runs: dict[str, Any]
     front: dict[str, Any]
     failed: Mapping[str, str]
+    series: dict[str, Any]
     figure: Path | None = None
-
-    @property
-    def series(self) -> dict[str, Any]:
-        """The finished runs as points of a sweep, as its tables and figures read them."""
-        return _series(self.runs)
 
 
 def run_comparison(
@@ -65,18 +69,21 @@ def run_comparison(
         runs, front = write_records(
             folder, rows, section, baseline=comparison.plain, reference=base.reference, about=about
         )
-        if comparison.kind != "compare":
-            if benefit := benefits(_series(runs)):  # of each cell of a grid
-                runs |= {"benefit": benefit}
-                write_json(folder / RUNS_FILE, runs)
-            figure = _draw(runs, folder / f"{comparison.kind}.png")
+        series = runs | {"rows": [{**row, "name": row["label"]} for row in runs["runs"] if row["status"] == "done"]}
+        if benefit := benefits(series):  # of each cell of a grid
+            runs, series = ({**record, "benefit": benefit} for record in (runs, series))
+            write_json(folder / RUNS_FILE, runs)
+        drawn = bool(series["rows"]) and comparison.kind != "compare"
+        if charts := (benefit_charts if benefit else sweep_charts)(series) if drawn else []:
+            figure = folder / f"{comparison.kind}.png"
+            write_figure(charts, figure, *(("", 2) if benefit else (sweep_note(series), 1)))
         try:
             if max_loss is not None:
                 front |= {"choice": choose_best(folder, max_loss, estimate=section.estimate)}
         finally:
             write_comparison(runs, front, folder / "report.html")
         failed = {name: outcome.message for name, outcome in outcomes.items() if outcome.status == "failed"}
-        return Compared(runs, front, failed, figure)
+        return Compared(runs, front, failed, series, figure)
 
     return by_first(write)
 
@@ -96,18 +103,3 @@ def _about(comparison: Comparison, command: str) -> dict[str, Any]:
         **comparison.about,
         **({} if published is None else {"published": published.scores()}),
     }
-
-
-def _series(runs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**runs, "rows": [{**row, "name": row["label"]} for row in runs["runs"] if row["status"] == "done"]}
-
-
-def _draw(runs: Mapping[str, Any], path: Path) -> Path | None:
-    draw = benefit_charts if "benefit" in runs else sweep_charts
-    series = _series(runs)
-    charts = draw(series) if series["rows"] else []
-    if not charts:
-        return None
-    note, across = (sweep_note(series), 1) if draw is sweep_charts else ("", 2)
-    write_figure(charts, path, note, across)
-    return path

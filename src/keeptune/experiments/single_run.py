@@ -25,7 +25,7 @@ from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
 from keeptune.core.processes import by_first, held_by_first, met_by_all, world
 from keeptune.evaluation.model_pairs import KeptAnswers
-from keeptune.experiments.posthoc_variants import VARIANTS, Variants, score_variants
+from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.run import plan_stage, start
 from keeptune.pipeline.scoring import evaluate_stage, find_result
@@ -55,7 +55,7 @@ class RunTask:
     base: str
     shared: Path
     threads: int | None = None
-    variants: Sequence[Variants] = ()
+    variants: Sequence[Variant] = ()
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from keeptune.core.intervals import Estimate, Triple, combine, lower_is_better, mean_of_seeds
 from keeptune.report.records import Benchmark, PlanRow, Report, Run
+
+Measure = Literal["lost", "gained", "learned", "kept"]
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,26 @@ def change(method: Method, name: str) -> Estimate | None:
     return combine([(item.after - item.before, item.low, item.high) for item in _items(method, name)])
 
 
-def lost(method: Method, chosen: Sequence[Series]) -> Estimate | None:
-    """Returns the mean forgetting over several benchmarks of one unit; None when every run lacks one of them."""
-    return _over(method, chosen, _loss_of)
+def over(method: Method, measure: Measure, chosen: Sequence[Series]) -> Estimate | None:
+    """Returns a measure averaged over benchmarks of one unit, then over the runs that have them all.
 
+    Args:
+        method: The method.
+        measure: ``"lost"`` or ``"gained"`` by training, ``"learned"`` (the score after it), or ``"kept"``, per cent of
+            the score before it.
+        chosen: The benchmarks.
 
-def learned(method: Method, chosen: Sequence[Series]) -> Estimate | None:
-    """Returns the mean score after training over several benchmarks; None when every run lacks one of them."""
-    return _over(method, chosen, lambda item: (item.after, item.before + item.low, item.before + item.high))
-
-
-def gained(method: Method, chosen: Sequence[Series]) -> Estimate | None:
-    """Returns the mean improvement over several benchmarks; None when every run lacks one of them."""
-    return _over(method, chosen, _gain_of)
-
-
-def kept(method: Method, chosen: Sequence[Series]) -> Estimate | None:
-    """Returns the mean share of the scores that is left, in percent; None when every run lacks one of them."""
-    return _over(method, chosen, _share_of)
+    Returns:
+        None when every run lacks one of them.
+    """
+    names = {item.name for item in chosen}
+    runs = []
+    for run in method.runs:
+        triples = [_measured(item, measure) for item in run.benchmarks if item.name in names]
+        if triples and len(triples) == len(names):
+            mid, low, high = (math.fsum(triple[part] for triple in triples) / len(triples) for part in range(3))
+            runs.append((mid, low, high))
+    return combine(runs)
 
 
 def relation_losses(report: Report, kind: Series) -> dict[str, tuple[int, list[float]]]:
@@ -154,31 +158,14 @@ def _items(method: Method, name: str) -> list[Benchmark]:
     return [item for run in method.runs for item in run.benchmarks if item.name == name]
 
 
-def _over(method: Method, chosen: Sequence[Series], read: Callable[[Benchmark], Triple]) -> Estimate | None:
-    """Returns a quantity averaged over benchmarks, then over the runs that have them all, so that runs compare."""
-    names = {item.name for item in chosen}
-    runs = []
-    for run in method.runs:
-        triples = [read(item) for item in run.benchmarks if item.name in names]
-        if triples and len(triples) == len(names):
-            mid, low, high = (math.fsum(triple[part] for triple in triples) / len(triples) for part in range(3))
-            runs.append((mid, low, high))
-    return combine(runs)
-
-
-def _gain_of(item: Benchmark) -> Triple:
-    gain = (item.after - item.before, item.low, item.high)
-    return (-gain[0], -gain[2], -gain[1]) if item.lower_is_better else gain
-
-
-def _loss_of(item: Benchmark) -> Triple:
-    gain, low, high = _gain_of(item)
-    scale = -1 if item.lower_is_better else -100
-    return scale * gain, scale * high, scale * low
-
-
-def _share_of(item: Benchmark) -> Triple:
-    if not item.before > 0:
-        return math.nan, math.nan, math.nan
-    scale = 100 / item.before
-    return scale * item.after, scale * (item.before + item.low), scale * (item.before + item.high)
+def _measured(item: Benchmark, measure: Measure) -> Triple:
+    if measure == "learned":
+        return item.after, item.before + item.low, item.before + item.high
+    if measure == "kept":
+        share = 100 / item.before if item.before > 0 else math.nan
+        return share * item.after, share * (item.before + item.low), share * (item.before + item.high)
+    gained, lost = (-1, 1) if item.lower_is_better else (1, -100)
+    scale = gained if measure == "gained" else lost
+    mid, *ends = (scale * value for value in (item.after - item.before, item.low, item.high))
+    low, high = ends if scale > 0 else reversed(ends)
+    return mid, low, high

@@ -49,7 +49,6 @@ from keeptune.pipeline.job import Job
 from keeptune.pipeline.run import plan_stage, start
 from keeptune.pipeline.scoring import evaluate_stage, find_result, result_fingerprint
 from keeptune.pipeline.training import train_stage
-from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import ExportSpec, Knowledge
 from keeptune.report.pages.sequence_page import write_sequence
 
@@ -153,7 +152,14 @@ def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
 def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from: Path | None) -> dict[str, Any]:
     _log.info("stage %s, %d of %d", stage.name, stage.number, len(course.sequence.stages))
     started = time.perf_counter()
-    job = start(_stage_recipe(course, stage, start_from))
+    changes: dict[str, Any] = {
+        "output": course.output / "stages" / stage.folder,
+        "evaluate": [],
+        "export": ExportSpec(max_gap=course.wanted.max_gap),
+    }
+    if start_from is not None:  # in 16 bits, what earlier stages changed would round away
+        changes |= {"model": str(start_from), "revision": None, "dtype": "float32"}
+    job = start(stage.recipe.model_copy(update=changes))
     plan = plan_stage(job)
     format, note = format_for(plan, "portable")
     whole = format == "merged" or any(one.whole for one in done)
@@ -203,18 +209,6 @@ def _key(course: _Course, stage: Stage, done: Sequence[_Done]) -> str:
     return content_key([before, recipe, [file_fingerprint([Path(file)]) for file in stage.recipe.data_files]])
 
 
-def _stage_recipe(course: _Course, stage: Stage, model: Path | None) -> Recipe:
-    """What earlier stages changed would round away in 16 bits: from the second stage on, models are float32."""
-    changes: dict[str, Any] = {
-        "output": course.output / "stages" / stage.folder,
-        "evaluate": [],
-        "export": ExportSpec(max_gap=course.wanted.max_gap),
-    }
-    if model is not None:
-        changes |= {"model": str(model), "revision": None, "dtype": "float32"}
-    return stage.recipe.model_copy(update=changes)
-
-
 def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
     if not done:
         return None
@@ -233,7 +227,7 @@ def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
         return asdict(gap_to(written, wanted, course.dtype, course.wanted.max_gap, where))
 
     key = content_key([last.record["key"], last.record["weights"]])
-    Stored(where, _mark(folder), key).get(write, files=[f"{folder.name}/*.safetensors"])
+    Stored(where, folder.with_name(f"{folder.name}.json"), key).get(write, files=[f"{folder.name}/*.safetensors"])
     return folder
 
 
@@ -248,12 +242,8 @@ def _model_after(base: Job, done: Sequence[_Done]) -> PreTrainedModel:
     return add_changes(_model_after(base, done[:-1]), read_changes(last.result))
 
 
-def _mark(model: Path) -> Path:
-    return model.with_name(f"{model.name}.json")  # written when the model is verified
-
-
 def _remove_model(folder: Path) -> None:
-    _mark(folder).unlink(missing_ok=True)
+    folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)  # first: it says that the model is verified
     shutil.rmtree(folder, ignore_errors=True)
     if not any(folder.parent.iterdir()):
         folder.parent.rmdir()

@@ -143,9 +143,7 @@ def _with_earlier(values: dict[str, Any], tasks: Mapping[str, Mapping[str, Any]]
     sets = given if isinstance(given, list) else [given]
     if not any(_names_stages(entry) for entry in sets):
         return values
-    datasets: list[Any] = []
-    for entry in sets:
-        datasets += _earlier(entry, tasks, where) if isinstance(entry, Mapping) and _names_stages(entry) else [entry]
+    datasets = [part for entry in sets for part in _earlier(entry, tasks, where)]
     rest = {key: value for key, value in values.items() if key != "knowledge"}
     if datasets:
         return rest | {"knowledge": datasets if isinstance(given, list) or len(datasets) > 1 else datasets[0]}
@@ -158,7 +156,10 @@ def _names_stages(entry: Any) -> bool:
     return isinstance(entry, Mapping) and str(entry.get("file")).startswith(_EARLIER)
 
 
-def _earlier(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+def _earlier(entry: Any, tasks: Mapping[str, Mapping[str, Any]], where: str) -> list[Any]:
+    """Returns the datasets of the stages that an entry of `knowledge` names; itself where it names none."""
+    if not _names_stages(entry):
+        return [entry]
     name = str(entry["file"]).removeprefix(_EARLIER)
     if name != _OTHERS and name not in tasks:
         raise RecipeError(

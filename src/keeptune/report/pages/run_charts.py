@@ -9,7 +9,7 @@ from typing import Any, Final
 import plotly.graph_objects as go
 
 from keeptune.core.intervals import Estimate, mean_of_seeds
-from keeptune.report.estimates import Method, Series, kept, learned, lost, methods, relation_losses, series, yardstick
+from keeptune.report.estimates import Method, Series, methods, over, relation_losses, series, yardstick
 from keeptune.report.numbers import count, duration, estimate_text, listing, number, option_text, short, signed
 from keeptune.report.pages import charts
 from keeptune.report.records import Report, Run
@@ -58,7 +58,7 @@ def _spots(method: Method, index: int, knowledge: Sequence[Series], task: Sequen
     nats = knowledge[0].lower_is_better
 
     def place(of: Method) -> tuple[Estimate, Estimate] | None:
-        x, y = learned(of, task), (lost if nats else kept)(of, knowledge)
+        x, y = over(of, "learned", task), over(of, "lost" if nats else "kept", knowledge)
         return None if x is None or y is None else (x, y)
 
     def hovers(title: str, x: Estimate, y: Estimate, runs: Sequence[Run]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from keeptune.core.intervals import Estimate, clearly_above
-from keeptune.report.estimates import Series, gained, learned, lost, methods, yardstick
+from keeptune.report.estimates import Series, methods, over, yardstick
 from keeptune.report.numbers import listing, loss_text, number, points
 from keeptune.report.records import Report, ReportLike, as_report
 
@@ -50,18 +50,9 @@ def method_sentences(report: ReportLike) -> list[str]:
 def _standings(report: Report) -> list[_Standing]:
     knowledge, task = yardstick(report, "knowledge"), yardstick(report, "task")
     return [
-        _Standing(
-            label=method.label,
-            loss=lost(method, knowledge) if knowledge else None,
-            score=learned(method, task) if task else None,
-            gain=gained(method, task) if task else None,
-        )
-        for method in methods(report)
+        _Standing(one.label, over(one, "lost", knowledge), over(one, "learned", task), over(one, "gained", task))
+        for one in methods(report)
     ]
-
-
-def _negative(one: Estimate) -> Estimate:
-    return Estimate(-one.mean, -one.high, -one.low, tuple(-value for value in one.values))
 
 
 def _thing(knowledge: Sequence[Series]) -> str:
@@ -98,10 +89,10 @@ def _lost_words(standing: _Standing, knowledge: Sequence[Series], thing: str) ->
     if not loss.has_interval:
         return f"{verb} {size} (no interval)"
     if loss.low > 0 or loss.high < 0:
-        bounds = loss if loss.low > 0 else _negative(loss)
-        return f"{verb} {size} (95% interval {_bare(bounds.low, nats)} to {_bare(bounds.high, nats)})"
-    bounds_text = f"{_bare(loss.low, nats)} to {loss_text(loss.high, nats)} lost"
-    return f"showed no clear change on {thing} (95% interval {bounds_text})"
+        low, high = sorted((abs(loss.low), abs(loss.high)))
+        return f"{verb} {size} (95% interval {_bare(low, nats)} to {_bare(high, nats)})"
+    ends = f"{_bare(loss.low, nats)} to {loss_text(loss.high, nats)} lost"
+    return f"showed no clear change on {thing} (95% interval {ends})"
 
 
 def _keeping(standings: Sequence[_Standing], knowledge: Sequence[Series]) -> tuple[str | None, str]:

@@ -13,6 +13,7 @@ from keeptune.report.numbers import axis_value, count, gap, number, short, signe
 from keeptune.report.tables.comparison_table import print_comparison
 from keeptune.report.tables.terminal import print_grid, say, table
 
+_ENDS = ("mean", "low", "high")
 Record = Mapping[str, Any]
 
 
@@ -108,8 +109,11 @@ def print_change(record: Record, console: Console) -> None:
     for source in record["sources"]:
         texts: dict[tuple[int | None, str], list[str]] = {}
         for place, total in totals(source["rows"], "layer", "role").items():
-            texts[place] = [_percent(total["relative"])]
-        texts |= {(int(layer), "all"): [_percent(total["relative"])] for layer, total in source["layers"].items()}
+            texts[place] = [_text(total["relative"], ".2%").rstrip("%")]
+        texts |= {
+            (int(layer), "all"): [_text(total["relative"], ".2%").rstrip("%")]
+            for layer, total in source["layers"].items()
+        }
         say(console, f"\n{source['label']}: change relative to the weights, %")
         print_grid(texts, console)
 
@@ -137,7 +141,7 @@ def print_trace(record: Record, console: Console) -> None:
         for model in models:
             error, shares = model["AIE_error"][layer], model[f"NAIE_{record['norm']}"]
             row.append(f"{model['AIE'][layer]:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}"))
-            row.append("–" if shares is None else f"{shares[layer]:.3f}")
+            row.append(_text(shares and shares[layer], ".3f"))
         rows.append(row)
     console.print(table(("layer", *heads), rows))
     for model in models:
@@ -169,7 +173,7 @@ def print_overlap(record: Record, console: Console) -> None:
     rows = []
     for row in [*record["by_layer"], {"layer": "all", **record["all"]}]:
         counts = [str(row[key]) for key in ("layer", "first", "second", "common")]
-        rows.append([*counts, _share(row["share"]), _share(row["chance"])])
+        rows.append([*counts, _text(row["share"]), _text(row["chance"])])
     console.print(table(("layer", "first", "second", "common", "share", "by chance"), rows))
 
 
@@ -187,7 +191,7 @@ def print_repair(record: Record, console: Console) -> None:
         say(console, f"kept of what the adapter does on the task: {kept:.1%}, relative error {error:.1%}")
     if "sweep" in record:
         rows = [
-            (f"{row['mu']:g}", f"{row['drift']:.2g}", _share(row["task_kept"]), _share(row["task_error"]))
+            (f"{row['mu']:g}", f"{row['drift']:.2g}", _text(row["task_kept"]), _text(row["task_error"]))
             for row in record["sweep"]
         ]
         console.print(table(("mu", "drift", "kept", "task error"), rows))
@@ -216,11 +220,16 @@ def print_benefits(record: Record, console: Console) -> None:
     corner = f"{down.rpartition('.')[2]} \\ {across.rpartition('.')[2]}"
     for benefit in record["benefit"]:
         decimals = 3 if benefit["unit"] == "nats" else 1
+
+        def told(mean: float | None, low: float | None = None, high: float = 0.0, decimals: int = decimals) -> str:
+            half = "" if low is None else f" ±{(high - low) / 2:.{decimals}f}"
+            return "–" if mean is None else signed(mean, decimals) + half
+
         rows = [
-            [axis_value(value), *(_with_half(cell, decimals) for cell in line), _signed(mean, decimals)]
+            [axis_value(value), *(told(*(cell[k] for k in _ENDS)) if cell else "–" for cell in line), told(mean)]
             for value, line, mean in zip(downs, benefit["cells"], benefit["rows"], strict=True)
         ]
-        rows.append(["mean", *(_signed(mean, decimals) for mean in [*benefit["columns"], benefit["mean"]])])
+        rows.append(["mean", *map(told, [*benefit["columns"], benefit["mean"]])])
         frame = table([corner, *map(axis_value, acrosses), "mean"], rows, wrap=False)
         over = record.get("baseline") or "the base model"
         frame.title = Text(f"{benefit_title(benefit)}: {unit_words(benefit['unit'])} over {over}")
@@ -233,20 +242,5 @@ def benefit_title(benefit: Record) -> str:
     return str(benefit["name"]) if word is None else f"{benefit['name']} ({word})"
 
 
-def _with_half(cell: Record | None, decimals: int) -> str:
-    if cell is None:
-        return "–"
-    half = "" if cell["low"] is None else f" ±{(cell['high'] - cell['low']) / 2:.{decimals}f}"
-    return signed(cell["mean"], decimals) + half
-
-
-def _signed(value: float | None, decimals: int) -> str:
-    return "–" if value is None else signed(value, decimals)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+def _text(value: float | None, form: str = ".1%") -> str:
+    return "–" if value is None else f"{value:{form}}"
