@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keeptune.core.errors import ArtefactError
-from keeptune.report.estimates import Series, methods, over, series
+from keeptune.report.estimates import methods, over, series
 from keeptune.report.records import as_report
 
 
@@ -70,7 +70,7 @@ def test_forgetting_has_the_right_sign_and_unit(full: dict[str, Any]) -> None:
     assert facts.mean == pytest.approx(26.9)
     assert facts.low < facts.mean < facts.high
     assert wiki.mean == pytest.approx(0.1345)
-    assert over(lora, "lost", [Series("nothing", "knowledge", "exact_match")]) is None
+    assert over(lora, "lost", [series(as_report(full), "task")[0].model_copy(update={"name": "nothing"})]) is None
 
 
 def test_a_run_that_lacks_a_benchmark_leaves_the_mean(full: dict[str, Any]) -> None:

@@ -17,11 +17,9 @@ from keeptune.experiments.sequence.sequence_record import measures
 from keeptune.report.grids import Cell
 from keeptune.report.pages.sequence_charts import course, lines, losses, matrices
 from keeptune.report.pages.sequence_page import (
-    final,
     knowledge,
     render_sequence,
     sentences,
-    stages,
     write_sequence,
 )
 
@@ -114,13 +112,14 @@ def test_the_knowledge_points_to_the_worse_side_in_both_units() -> None:
 
 
 def test_stages_and_product_are_told() -> None:
-    rows = stages(made_up()).rows
-    assert rows[1][:6] == ("cities", "keep", "0", "rank 8", "16", "109 k")
-    product = made_up() | {"final": [{"name": "facts", "after": 0.6}]}
-    grid = final(product)
-    assert grid is not None and grid.rows == (("facts", "0.650", "0.600"),)
-    assert "cut to a rank" in render_sequence(product)
-    assert final(made_up()) is None
+    def row(first: str, *others: str) -> str:
+        return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{other}</td>" for other in others)}'
+
+    text = render_sequence(made_up())
+    assert row("cities", "keep", "0", "rank 8", "16", "109 k", "21.5 s", "1.0e-06") in text
+    assert row("sums", "0.300") in text and "cut to a rank" not in text
+    product = render_sequence(made_up() | {"final": [{"name": "facts", "after": 0.6}]})
+    assert row("facts", "0.650", "0.600") in product and "cut to a rank" in product
 
 
 def test_figures_are_saved_and_items_are_found_beside_each_adapter(tmp_path: Path) -> None:

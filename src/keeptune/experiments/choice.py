@@ -21,7 +21,6 @@ from typing import Any, Literal
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError, RecipeError, need_known
-from keeptune.evaluation.results import BenchmarkResult, trade_off
 from keeptune.experiments.axes import Axis, unit_of, value_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
@@ -216,17 +215,10 @@ def _check_weights(result: Path, scored: set[str]) -> None:
 
 
 def _write_card(best: Path, run: Path, row: Row, choice: Row) -> None:
-    entry, folder = entry_of(run), Path(row["folder"])
+    entry = entry_of(run) | {key: row[key] for key in ("K", "T", "KT", "benchmarks")}
     limits = ", ".join(f"{name} {limit:g}" for name, limit in choice["max_loss"].items())
     notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice['run']}."]
     if row["variant"] is not None:
-        names = [b["name"] for b in row["benchmarks"]]
-        read = [(folder / f"{name}.json", folder / f"{name}.items.jsonl") for name in names]
-        results = [
-            BenchmarkResult.from_jsonl(read_json(record)["summary"], items.read_text(encoding="utf-8"))
-            for record, items in read
-        ]
-        entry |= trade_off(results) | {"benchmarks": [result.summary() for result in results]}
         notes.append(f"Changed after training, which the recipe does not do: {canonical_json(row['variant'])}.")
     text = model_card(
         entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")

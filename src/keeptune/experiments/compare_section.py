@@ -89,10 +89,4 @@ def checked(model: type[S], given: Any, where: str, key: str = "") -> S:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        explained = explain(error, where, known)
-        raise RecipeError(
-            explained.where.replace(", key ", f", key {key}", 1),
-            got=explained.got,
-            wanted=explained.wanted,
-            next_step=explained.next_step,
-        ) from error
+        raise explain(error, where, known, key) from error

@@ -54,7 +54,12 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> d
     if outcome.status != "done":
         return row
     try:
-        return row | (_run_scores(folder) if variant is None else _variant_scores(folder))
+        if variant is None:
+            return row | _run_scores(folder)
+        head = read_json(folder / "variant.json")
+        if head["message"]:
+            return row | {"status": "failed", "message": head["message"]}
+        return row | _scores(folder, head["benchmarks"], find_result(spec.recipe.output))
     except (KeeptuneError, KeyError, TypeError) as error:
         return row | {"status": "missing", "message": f"{type(error).__name__}: {error}"}
 
@@ -66,13 +71,6 @@ def _run_scores(folder: Path) -> dict[str, Any]:
     plan = folder / "plan" / "seconds.json"
     scored["seconds"] |= {"plan": read_json(plan)["plan"] if plan.is_file() else None, "train": trained["seconds"]}
     return scored | {"trained_parameters": trained["trained_parameters"]}
-
-
-def _variant_scores(folder: Path) -> dict[str, Any]:
-    head = read_json(folder / "variant.json")
-    if head["message"]:
-        return {"status": "failed", "message": head["message"]}
-    return _scores(folder, head["benchmarks"], find_result(folder.parent.parent))
 
 
 def _scores(folder: Path, names: Iterable[str], result: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,27 +91,21 @@ def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outco
     Raises:
         KeeptuneError: Nothing could be run, as where Ray is missing or has no room for one run.
     """
-    tasks, _ = tasks_of(comparison, specs)
-    with only_one(comparison.output):
-        ordered = sorted(specs, key=lambda spec: comparison.section.seeds.index(spec.seed))
-        outcomes = _run_tasks(comparison, [tasks[spec.name] for spec in ordered])
-    return {spec.name: outcomes[spec.name] for spec in specs}
-
-
-def _run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Outcome]:
-    outcomes = by_first(lambda: {task.name: Outcome("done") for task in tasks if finished(task)})
-    waiting = [task for task in tasks if task.name not in outcomes]
+    tasks, missing = tasks_of(comparison, specs)
+    outcomes = {name: Outcome("done") for name in tasks if name not in missing}
+    ordered = sorted(
+        (spec for spec in specs if spec.name in missing), key=lambda s: comparison.section.seeds.index(s.seed)
+    )
+    waiting = [tasks[spec.name] for spec in ordered]
     if outcomes:
         _log.info("%s: %d of %d runs are done", comparison.kind, len(outcomes), len(tasks))
-    if not waiting:
-        return outcomes
-    with logging_redirect_tqdm():
+    with only_one(comparison.output), logging_redirect_tqdm():
         resources = _resources(comparison)
         if resources is None:  # warnings are logged here as they come
             ended: Iterator[tuple[RunTask, Outcome]] = ((task, replace(attempt(task), warnings=())) for task in waiting)
         else:
-            ended = _on_ray(waiting, resources, comparison.output)
-        bar = tqdm(ended, total=len(waiting), desc="runs", unit="run", disable=None, smoothing=0)
+            ended = _on_ray(waiting, resources, comparison.output) if waiting else iter(())
+        bar = tqdm(ended, total=len(waiting), desc="runs", unit="run", disable=None if waiting else True, smoothing=0)
         for number, (task, outcome) in enumerate(bar, start=1):
             outcomes[task.name] = outcome
             for text in dict.fromkeys(outcome.warnings):
@@ -120,7 +114,7 @@ def _run_tasks(comparison: Comparison, tasks: Sequence[RunTask]) -> dict[str, Ou
                 _log.warning("%s failed: %s", task.name, outcome.message)
             else:
                 _log.info("%s done in %.0f s (%d of %d)", task.name, outcome.seconds, number, len(waiting))
-    return outcomes
+    return {spec.name: outcomes[spec.name] for spec in specs}
 
 
 @contextlib.contextmanager
@@ -210,20 +204,16 @@ def _started_ray(resources: Resources) -> Iterator[Any]:
                 next_step="Start one with `ray start --head`, or leave the address out to use this machine.",
             ) from error
     try:
-        _need_room(ray.nodes(), resources)  # type: ignore[no-untyped-call]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        have = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+        if not any(cpus >= resources.cpus and gpus >= resources.gpus for cpus, gpus in have):  # Ray would wait for ever
+            raise RecipeError(
+                "compare.resources",
+                got=f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs for each run",
+                wanted="what one node has: " + "; ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in have),
+                next_step="Lower resources.cpus or resources.gpus, or set `resources: null` to run in this process.",
+            )
         yield ray
     finally:
         if ours:
             ray.shutdown()
-
-
-def _need_room(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> None:
-    """Refuses what no node has: Ray would wait for ever."""
-    have = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in nodes if n["Alive"]]
-    if not any(cpus >= resources.cpus and gpus >= resources.gpus for cpus, gpus in have):
-        raise RecipeError(
-            "compare.resources",
-            got=f"{resources.cpus:g} CPUs and {resources.gpus:g} GPUs for each run",
-            wanted="what one node has: " + "; ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in have),
-            next_step="Lower resources.cpus or resources.gpus, or set `resources: null` to run in this process.",
-        )

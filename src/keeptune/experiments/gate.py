@@ -26,7 +26,6 @@ from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.items import load_items
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
-from keeptune.evaluation.results import BenchmarkResult
 from keeptune.experiments.choice import limits_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_tokenizer
@@ -83,7 +82,12 @@ def check(
     rows = []
     for benchmark in benchmarks:
         result = evaluate(pair, tokenizer, benchmark, Path(), seed=seed)
-        rows.append(_judged(result, limits.get(benchmark.name), estimate))
+        sign = 1.0 if lower_is_better(result.metric) else -1.0
+        low, high = sorted(sign * end + 0.0 for end in result.interval)  # 0 has no sign
+        loss, limit = sign * (result.after - result.before) + 0.0, limits.get(benchmark.name)
+        lost = limit is not None and {"mean": loss, "lower": low, "upper": high}[estimate] > limit
+        judged = {"loss": loss, "loss_interval": [low, high], "limit": limit, "lost": lost}
+        rows.append(result.summary() | judged)
         _log.info("check %s: %.4f before, %.4f after", result.name, result.before, result.after)
     record = {
         "adapter": str(trained.folder),
@@ -105,13 +109,3 @@ def _pair(trained: TrainedModel) -> ModelPair:
     if getattr(model.active_peft_config, "bias", "none") == "none":
         return AdapterPair(model)
     return TwoModels(trained.load_base(), model.get_base_model().eval())  # its biases cannot be switched off
-
-
-def _judged(result: BenchmarkResult, limit: float | None, estimate: Bound) -> dict[str, Any]:
-    low, high = result.interval
-    sign = 1.0 if lower_is_better(result.metric) else -1.0
-    ends = sorted((sign * low + 0.0, sign * high + 0.0))  # 0 has no sign
-    loss = sign * (result.after - result.before) + 0.0
-    counted = {"mean": loss, "lower": ends[0], "upper": ends[1]}[estimate]
-    lost = limit is not None and counted > limit
-    return result.summary() | {"loss": loss, "loss_interval": ends, "limit": limit, "lost": lost}

@@ -76,15 +76,12 @@ def task_key(recipe: Recipe, base: str, known: dict[str, str]) -> str:
     paths = [str(path) for path in given if path is not None]
     for path in paths:
         if path not in known:
-            known[path] = _fingerprint(Path(path))
+            data = Path(path)
+            parts = sorted(data.rglob("*")) if data.is_dir() else [data]
+            files = [part for part in parts if part.is_file()]
+            known[path] = file_fingerprint(files) if files else ""
     plain = {key: value for key, value in recipe.written().items() if key not in _CHANGE_NO_RESULT}
     return content_key([plain, [known[path] for path in paths], base])
-
-
-def _fingerprint(path: Path) -> str:
-    if path.is_dir():
-        return file_fingerprint(sorted(part for part in path.rglob("*") if part.is_file()))
-    return file_fingerprint([path]) if path.is_file() else ""
 
 
 def finished(task: RunTask) -> bool:

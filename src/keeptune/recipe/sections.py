@@ -305,7 +305,9 @@ class Published(Section):
         ]
 
 
-def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]]) -> RecipeError:
+def explain(
+    error: ValidationError, where: str, known: Callable[[Sequence[str | int]], Sequence[str]], section: str = ""
+) -> RecipeError:
     """Returns the error to raise for the first value that pydantic refused; ``known`` are the keys of a place."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part not in (*_TAGS, OWN, NAMED, BY_FILE, BY_BASE))
@@ -318,4 +320,4 @@ def explain(error: ValidationError, where: str, known: Callable[[Sequence[str | 
         wanted, next_step = first["msg"].removeprefix("Input should be "), "Correct the value."
         wanted = "a size such as 500MB, 20GB or a number of bytes" if first["type"].startswith("byte_size") else wanted
         got = json.dumps(first["input"], ensure_ascii=False, default=repr)
-    return RecipeError(f"{where}, key {place}", got=got, wanted=wanted, next_step=next_step)
+    return RecipeError(f"{where}, key {section}{place}", got=got, wanted=wanted, next_step=next_step)

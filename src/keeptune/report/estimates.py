@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from keeptune.core.intervals import Estimate, Triple, combine, lower_is_better, mean_of_seeds
+from keeptune.core.intervals import Estimate, Triple, combine, mean_of_seeds
 from keeptune.report.records import Benchmark, PlanRow, Report, Run
 
 Measure = Literal["lost", "gained", "learned", "kept"]
+Series = Benchmark  # of several runs; what they share is read from the first
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,6 @@ class Method:
         return next((run.plan for run in self.runs if run.plan), ())
 
 
-@dataclass(frozen=True)
-class Series:
-    """A benchmark as it appears across runs."""
-
-    name: str
-    role: str
-    metric: str
-    chat: bool = False  # asked through the chat template
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether a smaller value is the better one."""
-        return lower_is_better(self.metric)
-
-
 def methods(report: Report) -> tuple[Method, ...]:
     """Returns the runs grouped by label, in the order in which labels first appear."""
     by_label: dict[str, list[Run]] = {}
@@ -54,9 +40,10 @@ def methods(report: Report) -> tuple[Method, ...]:
 
 def series(report: Report, role: str) -> tuple[Series, ...]:
     """Returns the benchmarks of one role, ``"knowledge"`` or ``"task"``, in the order in which they first appear."""
-    items = {item.name: item for run in reversed(report.runs) for item in reversed(run.benchmarks) if item.role == role}
-    order = dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.role == role)
-    return tuple(Series(name, role, items[name].metric, items[name].chat) for name in order)
+    items: dict[str, Series] = {}
+    for item in (item for run in report.runs for item in run.benchmarks if item.role == role):
+        items.setdefault(item.name, item)
+    return tuple(items.values())
 
 
 def yardstick(report: Report, role: str) -> tuple[Series, ...]:

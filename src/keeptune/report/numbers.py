@@ -101,6 +101,11 @@ def option_text(value: object) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def set_options(options: Mapping[str, Any]) -> str:
+    """Returns the options that are set as text, "–" where there are none."""
+    return "; ".join(f"{key} {value}" for key, value in options.items() if value is not None) or "–"
+
+
 def listing(items: Sequence[str]) -> str:
     """Returns words joined with commas and a final "and"."""
     if len(items) < 2:

@@ -12,13 +12,7 @@ from typing import Any
 from keeptune.core.artefact import read_json, write_json
 from keeptune.core.intervals import lower_is_better
 from keeptune.experiments.sequence.stages_section import StageSequence
-from keeptune.experiments.sequence.transfer_metrics import (
-    average_accuracy,
-    backward_transfer,
-    forgetting,
-    forgetting_of_each,
-    forward_transfer,
-)
+from keeptune.experiments.sequence.transfer_metrics import transfer_of
 
 
 def write_record(
@@ -105,14 +99,15 @@ def measures(
         why = f"no benchmark in shares belongs to stage {', '.join(missing)}: name it like the stage, or in sequence"
         return {**dict.fromkeys(names), "forgetting_of_each": {}, "course": [], "why": why}
     tasks = [[_mean([row[i] for i in columns[stage]]) for stage in stages] for row in scores]
-    base, R = tasks[0], tasks[1:]
-    seen = [[row[: k + 1] for row in R[: k + 1]] for k in range(len(R))]
-    values = (average_accuracy(R), backward_transfer(R), forward_transfer(R, base), forgetting(R))
+    seen = [[row[: k + 1] for row in tasks[1 : k + 2]] for k in range(len(stages))]
+    course = [transfer_of(part, tasks[0]) for part in seen]
+    found = course[-1]
+    each = dict(zip(stages, map(_number, found["forgetting_of_each"]), strict=False))
     return {
-        **dict(zip(names, values, strict=True)),
-        "forgetting_of_each": dict(zip(stages, map(_number, forgetting_of_each(R)), strict=False)),
-        "course": [{"average_accuracy": average_accuracy(part), "forgetting": forgetting(part)} for part in seen],
-        "why": "a score is not a number" if len(stages) > 1 and None in values else "",
+        **{name: found[name] for name in names},
+        "forgetting_of_each": each,
+        "course": [{key: part[key] for key in ("average_accuracy", "forgetting")} for part in course],
+        "why": "a score is not a number" if len(stages) > 1 and any(found[name] is None for name in names) else "",
     }
 
 

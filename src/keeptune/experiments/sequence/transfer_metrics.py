@@ -15,72 +15,44 @@ Dokania, Thalaiyasingam Ajanthan, Philip H. S. Torr, ECCV 2018.
 Departure: b in (3) is the score of the pre-trained base, not that of random weights as in GEM: a base may know some of
 a task before any stage, and forward transfer is to be what the stages add to that.
 
-Every function takes R as ``(T, T)`` scores, a row for each stage; it returns None where a score is not finite or there
-are too few tasks.
+Laws: (1) is between the least and the largest score of the last row; where no stage changes the score of an earlier
+(later) task, (2) and (5) are 0 (3 is 0); (5) is at least -(2), as no score is above the best one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-Matrix = Sequence[Sequence[float]]
 
+def transfer_of(R: Sequence[Sequence[float]], base: Sequence[float]) -> dict[str, Any]:  # noqa: N803
+    """Computes equations 1 to 5; None where a score is not finite or there are too few tasks.
 
-def average_accuracy(R: Matrix) -> float | None:  # noqa: N803
-    """Averages the scores of all tasks at the end (1); between the least and the largest score of the last row.
+    Args:
+        R: ``(T, T)`` scores, a row for each stage.
+        base: ``(T,)`` scores of the base.
 
-    >>> average_accuracy([[0.8, 0.1], [0.6, 0.9]])
-    0.75
+    Returns:
+        ``average_accuracy``, ``backward_transfer`` (negative is forgetting), ``forward_transfer``, ``forgetting``, and
+        ``forgetting_of_each`` task but the last, ``(T - 1,)``: negative where it is better at the end than it ever was.
+
+    >>> found = transfer_of([[0.8, 0.1], [0.6, 0.9]], [0.0, 0.05])
+    >>> [round(found[key], 3) for key in ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting")]
+    [0.75, -0.2, 0.05, 0.2]
     """
-    return _mean(R[-1]) if R else None
-
-
-def backward_transfer(R: Matrix) -> float | None:  # noqa: N803
-    """Computes how later stages changed the score of each task after its own stage (2); negative is forgetting.
-
-    Law: 0 where no stage changes the score of an earlier task.
-
-    >>> round(backward_transfer([[0.8, 0.1], [0.6, 0.9]]), 3)
-    -0.2
-    """
-    return _mean([R[-1][i] - R[i][i] for i in range(len(R) - 1)])
-
-
-def forward_transfer(R: Matrix, base: Sequence[float]) -> float | None:  # noqa: N803
-    """Computes what earlier stages gave to a task before its own stage (3); ``base`` is the base's ``(T,)`` scores.
-
-    Law: 0 where no stage changes the score of a later task.
-
-    >>> round(forward_transfer([[0.8, 0.1], [0.6, 0.9]], [0.0, 0.05]), 3)
-    0.05
-    """
-    return _mean([R[i - 1][i] - base[i] for i in range(1, len(R))])
-
-
-def forgetting_of_each(R: Matrix) -> list[float]:  # noqa: N803
-    """Computes how far the last score of each task but the last is below its best before (4), with k = T; ``(T - 1,)``.
-
-    Negative where a task is better at the end than it ever was.
-
-    >>> [round(f, 3) for f in forgetting_of_each([[0.8, 0.1, 0], [0.9, 0.7, 0], [0.6, 0.75, 1]])]
-    [0.3, -0.05]
-    """
-    return [float(np.max([row[j] for row in R[:-1]])) - R[-1][j] for j in range(len(R) - 1)]  # NaN stays
-
-
-def forgetting(R: Matrix) -> float | None:  # noqa: N803
-    """Averages what was forgotten of each task (5), with k = T; at least -BWT, as no score is above the best one.
-
-    >>> round(forgetting([[0.8, 0.1, 0], [0.9, 0.7, 0], [0.6, 0.75, 1]]), 3)
-    0.125
-    """
-    return _mean(forgetting_of_each(R))
+    last = len(R) - 1
+    each = [float(np.max([row[j] for row in R[:-1]])) - R[-1][j] for j in range(last)]  # NaN stays
+    return {
+        "average_accuracy": _mean(R[-1]),
+        "backward_transfer": _mean([R[-1][i] - R[i][i] for i in range(last)]),
+        "forward_transfer": _mean([R[i - 1][i] - base[i] for i in range(1, len(R))]),
+        "forgetting": _mean(each),
+        "forgetting_of_each": each,
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    if not values or not all(map(math.isfinite, values)):
-        return None
-    return math.fsum(values) / len(values)
+    return math.fsum(values) / len(values) if values and all(map(math.isfinite, values)) else None

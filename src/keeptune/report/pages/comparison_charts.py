@@ -50,10 +50,9 @@ class Scales:
         return float(point["learned"]["mean"]), self.factor * point["forgotten"]["mean"]
 
 
-def labels_of(runs: Runs, front: Mapping[str, Any]) -> dict[str, int]:
+def labels_of(runs: Runs) -> dict[str, int]:
     """Returns the labels with their numbers in the order of the runs, which decide their looks."""
-    names = [str(row["label"]) for row in (*runs, *front["points"])]
-    return {label: index for index, label in enumerate(dict.fromkeys(names))}
+    return {label: index for index, label in enumerate(dict.fromkeys(row["label"] for row in runs))}
 
 
 def setting_rows(row: Mapping[str, Any]) -> list[tuple[str, object]]:
@@ -77,8 +76,8 @@ def cost(row: Mapping[str, Any]) -> str:
 
 
 def is_placed(row: Mapping[str, Any]) -> bool:
-    """Returns whether a run is finished and has a place on both axes."""
-    return row["status"] == "done" and row["learned"] is not None and row["forgotten"] is not None
+    """Returns whether a run has a place on both axes."""
+    return row["learned"] is not None and row["forgotten"] is not None
 
 
 def ranges(runs: Runs, front: Mapping[str, Any], base: float | None) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -109,14 +108,16 @@ def fronts(runs: Runs, front: Mapping[str, Any], base: float | None) -> Chart | 
     by_name = {point["name"]: point for point in points}
     traces = [_best([by_name[name] for name in front["front"]], scales, barred=crowded)]
     shown = []
-    for label, index in labels_of(runs, front).items():
+    for label, index in labels_of(runs).items():
         members = [point for point in points if point["label"] == label]
         if not members:
             continue
         shown.append(label)
         on = [by_name[name] for name in front["fronts"][label]]
         if len(on) > 1:
-            traces.append(_front(label, mark(index), on, scales))
+            xs, ys = zip(*map(scales.place, on), strict=True)
+            more = {"name": plain(f"{label}, front"), "showlegend": False, "hoverinfo": "skip", "line": {"width": 1.3}}
+            traces.append(scatter(label, xs, ys, mark(index), "lines", **more))
         if len(runs) <= _SEEDS and any(len(point["seeds"]) > 1 for point in members):
             rows = [row for row in runs if row["label"] == label and is_placed(row)]
             traces.append(_singles(label, mark(index), rows, scales))
@@ -139,16 +140,9 @@ def fronts(runs: Runs, front: Mapping[str, Any], base: float | None) -> Chart | 
     return Chart("tradeoff", words, figure, 560, tuple(shown), "")
 
 
-def _front(label: str, drawn: Mark, points: Points, scales: Scales) -> go.Scatter:
-    xs, ys = zip(*sorted(map(scales.place, points)), strict=True)
-    more = {"name": plain(f"{label}, front"), "showlegend": False, "hoverinfo": "skip", "line": {"width": 1.3}}
-    return scatter(label, xs, ys, drawn, "lines", **more)
-
-
 def _best(points: Points, scales: Scales, barred: bool) -> go.Scatter:
-    ordered = sorted(points, key=scales.place)
-    bars = _bars(ordered, "var(--muted)", scales, shown=True) if barred else {}
-    xs, ys = zip(*map(scales.place, ordered), strict=True)
+    xs, ys = zip(*map(scales.place, points), strict=True)
+    bars = _bars(points, "var(--muted)", scales, shown=True) if barred else {}
     line = {"color": "var(--front)", "width": 7}
     about = {"name": "front over all", "mode": "lines", "opacity": 0.5, "hoverinfo": "skip"}
     return go.Scatter(x=list(xs), y=list(ys), line=line, **about, **bars)

@@ -13,7 +13,6 @@ from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import Cell, Grid, bar
 from keeptune.report.numbers import ends, listing, number, option_text
-from keeptune.report.pages.charts import Chart
 from keeptune.report.pages.comparison_charts import Scales, cost, fronts, labels_of, setting_rows
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, repeat
@@ -34,20 +33,21 @@ def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathL
         ArtefactError: A record lacks something, or a file cannot be written.
     """
     write_text(Path(path), render_comparison(runs, front))
-    write_figures(_charts(runs["runs"], front).values(), Path(path).parent / "figures")
+    chart = fronts(runs["runs"], front, base_score(runs["runs"], front))
+    write_figures([chart], Path(path).parent / "figures")
 
 
 @complete("runs.json or front.json", "Run `keeptune compare` again; it makes them anew from the runs that are there.")
 def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
     """Returns the page, always the same of the same records; an ArtefactError names what a record lacks."""
     rows = runs["runs"]
-    charts = _charts(rows, front)
+    chart = fronts(rows, front, base_score(rows, front))
     return render(
         "comparison.html.j2",
-        list(charts.values()),
+        [chart],
         runs["base"],
         _items(rows, front),
-        **charts,
+        tradeoff=chart,
         created=runs["created"],
         version=runs["version"],
         said=sentences(front),
@@ -62,10 +62,6 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
         repeat=repeat([("Do it again", runs["command"])], [("Recipe", runs["recipe"])]),
         counts=_counts(runs, front),
     )
-
-
-def _charts(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Chart | None]:
-    return {"tradeoff": fronts(rows, front, base_score(rows, front))}
 
 
 def base_score(rows: Sequence[Mapping[str, Any]], front: Front) -> float | None:
@@ -128,7 +124,7 @@ def _some(names: Sequence[str]) -> str:
 
 def matched_rows(runs: Mapping[str, Any], front: Front) -> Grid | None:
     """Returns the table at matched task score; bars to the right forget less than the baseline."""
-    scales, numbered, baseline = Scales(front), labels_of(runs["runs"], front), front["matched"]["baseline"]
+    scales, numbered, baseline = Scales(front), labels_of(runs["runs"]), front["matched"]["baseline"]
     differences = [row["difference"] for row in front["matched"]["rows"] if row["difference"]]
     reach = [abs(d[key]) for d in differences for key in ("mean", "low", "high") if d[key] is not None]
     top = max(reach, default=1.0) or 1.0

@@ -18,18 +18,17 @@ from plotly.utils import PlotlyJSONEncoder
 
 from keeptune.core.errors import ArtefactError
 from keeptune.core.versions import versions
+from keeptune.report.numbers import count, duration, gap, number, set_options
 from keeptune.report.pages.charts import Chart
 
 
 def environment(autoescape: bool = True) -> Environment:
     """Returns Jinja with the templates of the pages and of the card."""
-    return Environment(
-        loader=PackageLoader("keeptune.report.pages", "templates"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = PackageLoader("keeptune.report.pages", "templates")
+    made = Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined)
+    made.trim_blocks = made.lstrip_blocks = True
+    made.filters |= {"number": number, "parameters": count, "duration": duration, "gap": gap, "set": set_options}
+    return made
 
 
 def render(template: str, charts: Sequence[Chart | None], base: object, changed: Any = None, **values: Any) -> str:
@@ -44,7 +43,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
     """
     figures = {chart.name: chart.figure.to_plotly_json() for chart in charts if chart is not None}
     data = {"figures": figures} | ({"items": changed["rows"]} if changed else {})
-    scripts = [plotly_source(), _source("page.js")]
+    scripts, path = [plotly_source(), _source("page.js")], Path(str(base))
     return (
         environment()
         .get_template(template)
@@ -54,7 +53,7 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
             policy=_policy(scripts),
             island=htmlsafe_json_dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":")),
             base=base,
-            base_name=_base_name(str(base)),
+            base_name=(path.parent.name if path.name == "model" else path.name) or base,  # as in atlas
             changed=changed,
             **values,
         )
@@ -84,12 +83,6 @@ def _policy(scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _base_name(base: str) -> str:
-    """Returns the name of a base's folder, or that of its parent where it is called ``model``, as in atlas."""
-    path = Path(base)
-    return (path.parent.name if path.name == "model" else path.name) or base
 
 
 def repeat(commands: Sequence[tuple[str, str]], recipes: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from keeptune.core.artefact import write_text
 from keeptune.report.figures import write_figures
-from keeptune.report.grids import Cell, Grid
-from keeptune.report.numbers import count, duration, gap, number, signed
+from keeptune.report.grids import Grid
+from keeptune.report.numbers import number, signed
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, repeat
 from keeptune.report.pages.run_tables import benchmark_tables
@@ -46,10 +46,7 @@ def render_sequence(record: Record) -> str:
         progress=progress,
         losses=lost,
         knowledge=knowledge(record),
-        each=_each(record),
-        stages=stages(record),
-        final=final(record),
-        adapter=record["adapter"],
+        record=record,
         repeat=repeat(commands, recipes),
     )
 
@@ -86,38 +83,6 @@ def knowledge(record: Record) -> Grid | None:
     tables = benchmark_tables(as_report({"base": "", "methods": [run | {"benchmarks": items}]}))
     rows = tuple((one.name, *one.grid.rows[0][1:]) for one in tables)
     return Grid(("benchmark", "before → after", "change"), rows) if rows else None
-
-
-def _each(record: Record) -> Grid | None:
-    rows = tuple((name, number(value)) for name, value in record["forgetting_of_each"].items())
-    return Grid(("task", "best before, less the end"), rows) if rows else None
-
-
-def stages(record: Record) -> Grid:
-    """Returns how each stage was made."""
-    heads = ("stage", "method", "seed", "options", "rank so far", "trained", "time", "export gap", "adapter")
-    rows: tuple[tuple[str | Cell, ...], ...] = tuple(
-        (
-            *(str(stage[key]) for key in ("name", "method", "seed")),
-            "; ".join(f"{key} {value}" for key, value in stage["options"].items() if value is not None) or "–",
-            str(stage["rank"] or "–"),
-            count(stage["trained_parameters"]),
-            duration(stage["seconds"]),
-            gap(stage["gap"]),
-            Cell(stage["adapter"], kind="path"),
-        )
-        for stage in record["stages"]
-    )
-    return Grid(heads, rows)
-
-
-def final(record: Record) -> Grid | None:
-    """Returns the scores of the product where it is not what the last stage left, else None."""
-    if not record["final"]:
-        return None
-    last = {b["name"]: score for b, score in zip(record["benchmarks"], record["scores"][-1], strict=True)}
-    rows = [(row["name"], number(last[row["name"]]), number(row["after"])) for row in record["final"]]
-    return Grid(("benchmark", "after the last stage", "the product"), tuple(rows))
 
 
 def _items(record: Record) -> dict[str, Any] | None:

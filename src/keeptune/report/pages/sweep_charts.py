@@ -10,48 +10,14 @@ from typing import Any, Final
 import numpy
 import plotly.graph_objects as go
 
-from keeptune.core.intervals import Estimate, combine, lower_is_better, mean_of_seeds
+from keeptune.core.intervals import Triple, combine, lower_is_better
 from keeptune.report.numbers import axis_value, signed, unit_words
 from keeptune.report.pages.charts import Chart, arms, axis, categories, figure_of, heat_map, map_chart, mark, scatter
 from keeptune.report.tables.analyses import benefit_title
 
 _SUMMARIES: Final = {"K": "kept (K)", "T": "learned (T)", "KT": "both (KT)"}
 _WORDS: Final = {"knowledge": "keep", "task": "learn"}
-_INTERVALS: Final = "bars: 95% intervals"
 Rows = Sequence[Mapping[str, Any]]
-Means = Mapping[float, Estimate]
-
-
-class _Panel:
-    """Lines along one axis, each with its levels across the plot."""
-
-    def __init__(self, title: str, mode: str = "lines+markers") -> None:
-        self.title, self.mode = title, mode
-        self.traces: list[go.Scatter] = []
-        self.rules: list[tuple[float, str, str]] = []
-
-    def add(self, label: str, means: Means, levels: Sequence[float] = (), before: float | None = None) -> None:
-        """Adds a quantity: its means at the places, its levels without a place, and its value before training."""
-        if not means:
-            return
-        drawn = mark(len({trace.legendgroup for trace in self.traces}))
-        dots = [(x, value) for x, mean in means.items() for value in mean.values]
-        if dots:
-            marker = {"size": 4, "opacity": 0.6, "symbol": "circle"}
-            more: dict[str, Any] = {"marker": marker, "showlegend": False, "hoverinfo": "skip"}
-            self.traces.append(scatter(label, [x for x, _ in dots], [y for _, y in dots], drawn, "markers", **more))
-        ys = [mean.mean for mean in means.values()]
-        bars = arms(ys, [(mean.low, mean.high) for mean in means.values()], drawn.colour)
-        self.traces.append(scatter(label, list(means), ys, drawn, self.mode, error_y=bars))
-        self.rules += [(level, drawn.colour, "dash") for level in levels]
-        self.rules += [] if before is None else [(before, drawn.colour, "dot")]
-
-    def chart(self, name: str, across: Mapping[str, Any], up: str = "") -> Chart:
-        """Returns the panel as a chart."""
-        figure = figure_of(self.traces, across, axis(up))
-        for level, colour, dash in self.rules:
-            figure.add_hline(level, line={"color": colour, "dash": dash, "width": 1})
-        return Chart(name, self.title, figure, 300)
 
 
 def sweep_charts(sweep: Mapping[str, Any]) -> list[Chart]:
@@ -66,32 +32,46 @@ def sweep_charts(sweep: Mapping[str, Any]) -> list[Chart]:
     rows, when = sweep["rows"], sweep.get("when", "after training")
     places, levels, across = _axis(sweep)
     mode = "lines+markers" if levels is not None else "markers"  # nothing lies between categories
-
-    def add(panel: _Panel, label: str, means: Mapping[str, Estimate | None], before: float | None = None) -> None:
-        known = {name: mean for name, mean in means.items() if mean is not None}
-        flat = [known[name].mean for name in levels or () if name in known]
-        panel.add(label, {x: known[name] for name, x in places.items() if name in known}, flat, before)
-
-    panels = [_Panel("", mode), _Panel(f"accuracy {when}", mode), _Panel(f"cross entropy {when}, nats/token", mode)]
-    for key in _SUMMARIES:
-        values = {
-            name: [float(row[key]) for row in rows if row["name"] == name and row[key] is not None]
-            for name in places | dict.fromkeys(levels or (), 0.0)
-        }
-        add(panels[0], key, {name: mean_of_seeds(own) for name, own in values.items()})
-    panels[0].title = ", ".join(_SUMMARIES[trace.legendgroup] for trace in panels[0].traces if trace.showlegend is None)
+    lines = [(0, key, None, [(row["name"], (row[key], math.nan, math.nan)) for row in rows]) for key in _SUMMARIES]
     for name in dict.fromkeys(item["name"] for row in rows for item in row["benchmarks"]):
-        triples: dict[str, list[tuple[float, float, float]]] = {}
         items = [(row["name"], item) for row in rows for item in row["benchmarks"] if item["name"] == name]
+        values = []
         for point, item in items:
-            low, high = (math.nan if end is None else item["before"] + end for end in item["interval"] or (None, None))
-            after = math.nan if item["after"] is None else float(item["after"])
-            triples.setdefault(point, []).append((after, low, high))
+            ends = (math.nan if end is None else item["before"] + end for end in item["interval"] or (None, None))
+            values.append((point, (item["after"], *ends)))
         kind = items[0][1]
-        means = {point: combine(own) for point, own in triples.items()}
-        panel = panels[1 + lower_is_better(kind["metric"])]
-        add(panel, f"{name} ({_WORDS[kind['role']]})", means, float(kind["before"]))
-    return [panel.chart(f"sweep{i}", across) for i, panel in enumerate(panels) if panel.traces]
+        panel = 1 + lower_is_better(kind["metric"])
+        lines.append((panel, f"{name} ({_WORDS[kind['role']]})", kind["before"], values))
+    traces: list[list[go.Scatter]] = [[], [], []]
+    rules: list[list[tuple[float, str, str]]] = [[], [], []]
+    for panel, label, before, values in lines:
+        seeds: dict[str, list[Triple]] = {}
+        for point, triple in values:
+            if triple[0] is not None:
+                seeds.setdefault(point, []).append(triple)
+        means = {point: mean for point, own in seeds.items() if (mean := combine(own)) is not None}
+        known = {x: means[name] for name, x in places.items() if name in means}
+        if not known:
+            continue
+        drawn = mark(len({trace.legendgroup for trace in traces[panel]}))
+        xs, dots = zip(*[(x, value) for x, mean in known.items() for value in mean.values], strict=True)
+        small = {"size": 4, "opacity": 0.6, "symbol": "circle"}
+        more: dict[str, Any] = {"marker": small, "showlegend": False, "hoverinfo": "skip"}
+        ys = [mean.mean for mean in known.values()]
+        bars = arms(ys, [(mean.low, mean.high) for mean in known.values()], drawn.colour)
+        traces[panel].append(scatter(label, xs, dots, drawn, "markers", **more))
+        traces[panel].append(scatter(label, list(known), ys, drawn, mode, error_y=bars))
+        rules[panel] += [(means[name].mean, drawn.colour, "dash") for name in levels or () if name in means]
+        rules[panel] += [] if before is None else [(before, drawn.colour, "dot")]
+    shown = {trace.legendgroup for trace in traces[0]}
+    titles = (", ".join(words for key, words in _SUMMARIES.items() if key in shown), f"accuracy {when}")
+    charts = []
+    for index, title in enumerate((*titles, f"cross entropy {when}, nats/token")):
+        figure = figure_of(traces[index], across, axis(""))
+        for level, colour, dash in rules[index]:
+            figure.add_hline(level, line={"color": colour, "dash": dash, "width": 1})
+        charts += [Chart(f"sweep{index}", title, figure, 300)] if traces[index] else []
+    return charts
 
 
 def _axis(sweep: Mapping[str, Any]) -> tuple[dict[str, float], list[str] | None, dict[str, Any]]:
@@ -114,7 +94,7 @@ def _axis(sweep: Mapping[str, Any]) -> tuple[dict[str, float], list[str] | None,
 def sweep_note(sweep: Mapping[str, Any]) -> str:
     """Returns what the marks of a sweep's charts are."""
     seeds = "markers: means over seeds; dots: seeds; " if len({row["seed"] for row in sweep["rows"]}) > 1 else ""
-    return f"{seeds}{_INTERVALS}; dotted: the base model"
+    return f"{seeds}bars: 95% intervals; dotted: the base model"
 
 
 def repair_charts(record: Mapping[str, Any]) -> list[Chart]:
