@@ -98,7 +98,7 @@ def test_a_method_that_lacks_a_benchmark_shows_a_dash(full: dict[str, Any]) -> N
 
 def test_plan_table() -> None:
     console = Console(width=80, file=io.StringIO())
-    rows = [{"layer": layer, "role": "q", "rank": 8, "trained_parameters": 1500} for layer in range(2)]
+    rows = [{"layer": layer, "role": "q", "rank": 8, "trained_parameters": 1500, "evidence": {}} for layer in range(2)]
     print_plan(rows, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "start error" not in text

@@ -23,19 +23,18 @@ def print_plan(rows: Sequence[Record], console: Console, notes: Sequence[str] = 
         console.print("The plan is empty.")
         return
     say(console, "rank")
-    print_grid(_cells(rows, lambda row: str(row.get("rank"))), console)
-    weighed = [row for row in rows if _importance(row) is not None]
+    print_grid(_cells(rows, lambda row: str(row["rank"])), console)
+    weighed = [row for row in rows if len(row["evidence"].get("importance", ())) == 1]
     if weighed:
         say(console, "\nimportance")
-        print_grid(_cells(weighed, lambda row: gap(_importance(row))), console)
+        print_grid(_cells(weighed, lambda row: gap(row["evidence"]["importance"][0])), console)
     for index, note in enumerate(notes):
         say(console, f"\n{note}" if index == 0 else note)
-    errors = [row["start_error"] for row in rows if row.get("start_error") is not None]
+    errors = [row["start_error"] for row in rows if "start_error" in row]
     if errors:
         say(console, f"start error: at most {gap(max(errors))}")
-    total = sum(row.get("trained_parameters") or 0 for row in rows)
-    ending = f", {total:,} trained parameters ({count(total)})" if total else ""
-    say(console, f"{len(rows)} targets{ending}")
+    total = sum(row["trained_parameters"] for row in rows)
+    say(console, f"{len(rows)} targets, {total:,} trained parameters ({count(total)})")
 
 
 def print_points(points: Sequence[tuple[str, float | None, Record, Sequence[int]]], console: Console) -> None:
@@ -95,13 +94,8 @@ def print_check(record: Record, console: Console) -> None:
 def _cells(rows: Sequence[Record], write: Callable[[Record], str]) -> dict[tuple[int | None, str], list[str]]:
     cells: dict[tuple[int | None, str], list[str]] = {}
     for row in rows:
-        cells.setdefault((row.get("layer"), str(row.get("role"))), []).append(write(row))
+        cells.setdefault((row["layer"], row["role"]), []).append(write(row))
     return cells
-
-
-def _importance(row: Record) -> float | None:
-    values = (row.get("evidence") or {}).get("importance")
-    return float(values[0]) if isinstance(values, list | tuple) and len(values) == 1 else None
 
 
 def print_change(record: Record, console: Console) -> None:
@@ -179,12 +173,9 @@ def print_overlap(record: Record, console: Console) -> None:
 
 def print_repair(record: Record, console: Console) -> None:
     """Prints the drift of each target in ``repair.json``, what is kept of the task, the sweep over μ and the scores."""
-    cells: dict[tuple[int | None, str], list[str]] = {}
-    for row in record["targets"]:
-        text = f"{100 * row['drift_before']:.2f} > {100 * row['drift']:.2f}"
-        cells.setdefault((row["layer"], row["role"]), []).append(text)
     say(console, "relative feature drift on the knowledge, %, before > after")
-    print_grid(cells, console)
+    drifts = _cells(record["targets"], lambda row: f"{100 * row['drift_before']:.2f} > {100 * row['drift']:.2f}")
+    print_grid(drifts, console)
     say(console, f"mu {record['mu']:.4g}: mean drift {record['drift_before']:.4g} > {record['drift']:.4g}")
     kept, error = record["task_kept"], record["task_error"]
     if kept is not None:
