@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,11 @@ def continued(
         bos_token_id=tokenizer.bos_token_id,
     )
     generate: Any = model.generate
-    # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
-    with mock.patch.object(model, "generation_config", config):
+    with contextlib.ExitStack() as stack:
+        # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
+        stack.enter_context(mock.patch.object(model, "generation_config", config))
+        # Of a prompt only the last state is taken; of such a view PyTorch on a CPU copies a frozen head for each row.
+        stack.callback(model.get_output_embeddings().register_forward_pre_hook(_contiguous).remove)
         written: Tensor = generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -101,6 +105,10 @@ def continued(
     rows: list[list[int]] = written[:, width:].tolist()
     ends = ([place for place, token in enumerate(new, start=1) if token in limits.ends] for new in rows)
     return [new[: min(own, default=len(new))] for new, own in zip(rows, ends, strict=True)]
+
+
+def _contiguous(head: object, states: tuple[Tensor]) -> tuple[Tensor]:
+    return (states[0].contiguous(),)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
