@@ -28,6 +28,8 @@ from keeptune.pipeline.scoring import find_result, result_fingerprint
 
 RUNS_FILE, FRONT = "runs.json", "front.json"
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
+_TEXTS = ("name", "label", "of", "method", "status", "message", "folder")
+_NUMBERS = ("seed", "trained_parameters", "learned", "forgotten", "K", "T", "KT")
 _SAID = {"scale": "scaled", "pruned": "pruned"}
 _SETTING = ("method", "settings", "learning_rate", "strength")
 
@@ -144,10 +146,18 @@ def trade_off_of(
     points, excluded = points_of(rows)
     groups = families(points)
     over_all = _names(points)
+    described = [
+        {"name": point.name, "label": point.label}
+        | {key: point.rows[0][key] for key in (*SETTING, "of")}
+        | {"seeds": list(point.places), "runs": [row["name"] for row in point.rows]}
+        | {side: as_json(point.over_seeds(side)) for side in SIDES}
+        | {"on_front": point.name in over_all}
+        for point in points
+    ]
     return {
         "units": {side: axis.unit for side, axis in axes.items()} or None,
         "axes": {side: list(axis.names) for side, axis in axes.items()} or None,
-        "points": [_described(point, point.name in over_all) for point in points],
+        "points": described,
         "fronts": {label: _names(members) for label, members in groups.items()},
         "front": over_all,
         "matched": matched(groups, score, baseline or next((label for label in groups if label == "lora"), None)),
@@ -160,18 +170,6 @@ def trade_off_of(
 def _names(points: Sequence[Point]) -> list[str]:
     kept = pareto([point.place for point in points])
     return [point.name for point, on in sorted(zip(points, kept, strict=True), key=lambda pair: pair[0].place) if on]
-
-
-def _described(point: Point, on_front: bool) -> dict[str, Any]:
-    return {
-        "name": point.name,
-        "label": point.label,
-        **{key: point.rows[0][key] for key in (*SETTING, "of")},
-        "seeds": list(point.places),
-        "runs": [row["name"] for row in point.rows],
-        **{side: as_json(point.over_seeds(side)) for side in SIDES},
-        "on_front": on_front,
-    }
 
 
 def _notes(points: Sequence[Point], excluded: Sequence[Mapping[str, str]]) -> list[str]:
@@ -246,19 +244,16 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Returns rows as a pyarrow table: one line a run, benchmarks as columns, settings and variant as JSON text."""
     import pyarrow as pa
 
-    lines = [_line(row) for row in rows]
+    lines = []
+    for row in rows:
+        line = {key: row.get(key) for key in _TEXTS + _NUMBERS}
+        line |= {key: None if row[key] is None else float(row[key]) for key in ("learning_rate", "strength")}
+        line |= {key: None if row[key] is None else canonical_json(row[key]) for key in ("settings", "variant")}
+        line |= {f"seconds.{stage}": seconds for stage, seconds in row["seconds"].items()}
+        for b in row["benchmarks"]:
+            low, high = b["interval"] or (None, None)
+            scores = {"before": b["before"], "after": b["after"], "low": low, "high": high, "n": b["n"]}
+            line |= {f"{b['name']}.{key}": value for key, value in scores.items()}
+        lines.append(line)
     keys = dict.fromkeys(key for line in lines for key in line)
     return pa.table({key: pa.array([line.get(key) for line in lines]) for key in keys})
-
-
-def _line(row: Mapping[str, Any]) -> dict[str, Any]:
-    texts, numbers = ("name", "label", "of", "method", "status", "message", "folder"), ("learning_rate", "strength")
-    line = {key: row.get(key) for key in (*texts, "seed", "trained_parameters", "learned", "forgotten", "K", "T", "KT")}
-    line |= {key: None if row[key] is None else float(row[key]) for key in numbers}
-    line |= {key: None if row[key] is None else canonical_json(row[key]) for key in ("settings", "variant")}
-    line |= {f"seconds.{stage}": seconds for stage, seconds in row["seconds"].items()}
-    for b in row["benchmarks"]:
-        low, high = b["interval"] or (None, None)
-        scores = {"before": b["before"], "after": b["after"], "low": low, "high": high, "n": b["n"]}
-        line |= {f"{b['name']}.{key}": value for key, value in scores.items()}
-    return line

@@ -172,8 +172,20 @@ def list_runs(comparison: Comparison) -> tuple[RunSpec, ...]:
         for rate in entry.rates
         for seed in comparison.section.seeds
     )
-    if comparison.kind == "compare":
-        _refuse_equal(specs, comparison.where)
+    seen: dict[str, RunSpec] = {}
+    for spec in specs if comparison.kind == "compare" else ():
+        plain = spec.recipe.written()
+        rest = {key: plain[key] for key in plain if key not in ("output", "method", "penalties")}
+        method = make_method(spec.recipe.method, seed=spec.seed)
+        penalties = [[penalty.name, penalty] for penalty in make_penalties(spec.recipe.penalties)]
+        first = seen.setdefault(content_key([method.name, method, penalties, rest]), spec)
+        if first is not spec:
+            raise RecipeError(
+                f"{comparison.where}, key compare.methods",
+                got=f"{first.name} and {spec.name}, which mean the same run",
+                wanted="each run once",
+                next_step=f'Remove one of the entries "{first.label}" and "{spec.label}", or a value of its lists.',
+            )
     return specs
 
 
@@ -192,23 +204,6 @@ def _run_spec(comparison: Comparison, entry: Entry, variation: Variation, rate: 
     method = make_method(recipe.method, seed=0).name
     rate = recipe.train.get("learning_rate") if rate is None else rate
     return RunSpec(name, entry.label, method, settings, rate, variation.factor, seed, recipe, entry.x)
-
-
-def _refuse_equal(specs: Iterable[RunSpec], where: str) -> None:
-    seen: dict[str, RunSpec] = {}
-    for spec in specs:
-        plain = spec.recipe.written()
-        rest = {key: plain[key] for key in plain if key not in ("output", "method", "penalties")}
-        method = make_method(spec.recipe.method, seed=spec.seed)
-        penalties = [[penalty.name, penalty] for penalty in make_penalties(spec.recipe.penalties)]
-        first = seen.setdefault(content_key([method.name, method, penalties, rest]), spec)
-        if first is not spec:
-            raise RecipeError(
-                f"{where}, key compare.methods",
-                got=f"{first.name} and {spec.name}, which mean the same run",
-                wanted="each run once",
-                next_step=f'Remove one of the entries "{first.label}" and "{spec.label}", or a value of its lists.',
-            )
 
 
 def by_setting(specs: Iterable[RunSpec]) -> list[list[RunSpec]]:

@@ -190,7 +190,14 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
     with atomic_directory(output) as fresh:
         adapter = ["adapter_config.json"] if isinstance(pair, TwoModels) else []
         copy_result(folder, fresh, output, "*.safetensors", "*.safetensors.index.json", *adapter)
-        written = _write_weights(job, pair, folder, fresh, variant)
+        if isinstance(pair, AdapterPair):
+            tensors = scaled_adapter(load_file(folder / _WEIGHTS), variant)
+            write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})
+            written: Any = load_adapter(job.base(), fresh)
+        else:
+            pair.tuned.save_pretrained(fresh)
+            dtype: Any = str(pair.tuned.dtype).removeprefix("torch.")
+            written = load_model(str(fresh), LoadOptions(dtype=dtype, device=job.device, head=job.head))
         gap = gap_to(logits_of(written, probe), wanted, written.dtype, None, f"export {output}")
         sidecar = read_json(fresh / SIDECAR)
         checked = {"gap": gap.gap, "relative_gap": gap.relative, "bound": BOUNDS[written.dtype]}
@@ -210,13 +217,3 @@ def copy_result(folder: Path, fresh: Path, output: Path, *without: str) -> None:
     for name in (SIDECAR, "README.md"):
         text = (fresh / name).read_text(encoding="utf-8")
         write_text(fresh / name, text.replace(was, str(output)))
-
-
-def _write_weights(job: Job, pair: AdapterPair | TwoModels, folder: Path, fresh: Path, variant: Variant) -> Any:
-    if isinstance(pair, AdapterPair):
-        tensors = scaled_adapter(load_file(folder / _WEIGHTS), variant)
-        write_tensors(fresh / _WEIGHTS, tensors, {"format": "pt"})
-        return load_adapter(job.base(), fresh)
-    pair.tuned.save_pretrained(fresh)
-    dtype: Any = str(pair.tuned.dtype).removeprefix("torch.")
-    return load_model(str(fresh), LoadOptions(dtype=dtype, device=job.device, head=job.head))

@@ -65,7 +65,15 @@ def run_comparison(
         ]
         folder, figure = comparison.records, None
         base, section = comparison.base, comparison.section
-        about = _about(comparison, command)
+        own: dict[str, Any] = {"seeds": section.seeds}
+        if comparison.kind == "compare":
+            own = {"compare": section.model_dump(mode="json")}
+        elif comparison.kind == "sweep":
+            places = [{} if entry.x is None else {"x": entry.x} for entry in comparison.entries]
+            named = zip(comparison.entries, places, strict=True)
+            own |= {"sweep": [{"name": entry.label, **place, **entry.settings} for entry, place in named]}
+        about = {"base": base.model, "command": command, "recipe": {**comparison.values, **own}, **comparison.about}
+        about |= {} if base.published is None else {"published": base.published.scores()}
         runs, front = write_records(
             folder, rows, section, baseline=comparison.plain, reference=base.reference, about=about
         )
@@ -86,20 +94,3 @@ def run_comparison(
         return Compared(runs, front, failed, series, figure)
 
     return by_first(write)
-
-
-def _about(comparison: Comparison, command: str) -> dict[str, Any]:
-    section, published = comparison.section, comparison.base.published
-    own: dict[str, Any] = {"seeds": section.seeds}
-    if comparison.kind == "compare":
-        own = {"compare": section.model_dump(mode="json")}
-    elif comparison.kind == "sweep":
-        points = [{"name": e.label, **({} if e.x is None else {"x": e.x}), **e.settings} for e in comparison.entries]
-        own |= {"sweep": points}
-    return {
-        "base": comparison.base.model,
-        "command": command,
-        "recipe": {**comparison.values, **own},
-        **comparison.about,
-        **({} if published is None else {"published": published.scores()}),
-    }

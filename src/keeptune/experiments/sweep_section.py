@@ -52,10 +52,19 @@ def read_sweep(section: Any, where: str) -> tuple[Any, dict[str, Any]]:
             "cells": {point["name"]: place for point, place in zip(points, places, strict=True)},
         }
     points += sweep.points
-    baseline = _baseline(sweep.baseline, points, f"{where}, key sweep.baseline")
-    if baseline is not None:
-        about["baseline"] = baseline["name"]
-        points += [] if baseline in points else [baseline]
+    given, named = sweep.baseline, {str(point.get("name")): point for point in points if isinstance(point, dict)}
+    if isinstance(given, Mapping):
+        points.append({"name": "baseline", **given})
+        about["baseline"] = points[-1]["name"]
+    elif given is not None:
+        if not isinstance(given, str) or given not in named:
+            raise RecipeError(
+                f"{where}, key sweep.baseline",
+                got=f"{given!r}, which is no point of this sweep",
+                wanted="the name of a point, or dotted keys of the recipe",
+                next_step=nearest(str(given), list(named)) if named else "Example: baseline: {method: lora}.",
+            )
+        about["baseline"] = given
     return points, about
 
 
@@ -101,19 +110,3 @@ def _grid_points(axes: Mapping[str, Sequence[Any]]) -> tuple[list[Any], list[lis
         points.append({"name": name, **({"x": next(iter(settings.values()))} if numeric else {}), **settings})
         places.append(list(place))
     return points, places
-
-
-def _baseline(given: Any, points: Sequence[Any], where: str) -> dict[str, Any] | None:
-    if given is None:
-        return None
-    if isinstance(given, Mapping):
-        return {"name": "baseline", **given}
-    named = {str(point.get("name")): point for point in points if isinstance(point, dict)}
-    if isinstance(given, str) and given in named:
-        return named[given]
-    raise RecipeError(
-        where,
-        got=f"{given!r}, which is no point of this sweep",
-        wanted="the name of a point, or dotted keys of the recipe",
-        next_step=nearest(str(given), list(named)) if named else "Example: baseline: {method: lora}.",
-    )

@@ -169,17 +169,15 @@ def _earlier(entry: Any, tasks: Mapping[str, Mapping[str, Any]], where: str) -> 
             next_step=nearest(name, list(tasks)) if tasks else "The first stage has none before it; leave it out.",
         )
     form = {key: value for key, value in entry.items() if key != "file"}
-    return [_as_knowledge(tasks[one], form) for one in (tasks if name == _OTHERS else [name])]
-
-
-def _as_knowledge(task: Mapping[str, Any], form: Mapping[str, Any]) -> dict[str, Any]:
     has_form = any(form.get(key) is not None for key in ("text", "prompt", "completion", "choices"))
-    keys = ("prompt", "completion", *DataSection.model_fields)
-    templates = {} if has_form else {key: task[key] for key in keys if key in task}
-    dataset = {"file": task.get("train"), **templates, **form}
-    if isinstance(task.get("examples"), int):  # what was not trained on is not replayed
-        dataset["examples"] = min(task["examples"], form.get("examples") or 256)
-    return dataset
+    keys = () if has_form else ("prompt", "completion", *DataSection.model_fields)
+    datasets = []
+    for task in (tasks[one] for one in (tasks if name == _OTHERS else [name])):
+        dataset = {"file": task.get("train"), **{key: task[key] for key in keys if key in task}, **form}
+        if isinstance(task.get("examples"), int):  # what was not trained on is not replayed
+            dataset["examples"] = min(task["examples"], form.get("examples") or 256)
+        datasets.append(dataset)
+    return datasets
 
 
 def _refuse(recipe: Recipe, where: str) -> None:

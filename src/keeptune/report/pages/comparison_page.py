@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +43,10 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
     """Returns the page, always the same of the same records; an ArtefactError names what a record lacks."""
     rows = runs["runs"]
     chart = fronts(rows, front, base_score(rows, front))
+    states, labels, seeds = (list(map(itemgetter(key), rows)) for key in ("status", "label", "seed"))
+    other = ", ".join(f"{states.count(state)} {state}" for state in ("failed", "missing") if state in states)
+    several = "s" * (len(set(seeds)) > 1)
+    counted = f"{len(set(labels))} labels, {len(front['points'])} settings, {len(set(seeds))} seed{several}"
     return render(
         "comparison.html.j2",
         [chart],
@@ -60,7 +65,7 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
         everything=every_run(runs),
         published=published(runs, front),
         repeat=repeat([("Do it again", runs["command"])], [("Recipe", runs["recipe"])]),
-        counts=_counts(runs, front),
+        counts=f"{counted}; {states.count('done')} of {len(rows)} runs finished{f' ({other})' if other else ''}",
     )
 
 
@@ -193,20 +198,15 @@ def published(runs: Mapping[str, Any], front: Front) -> Grid | None:
     rows = []
     for entry in runs.get("published", ()):
         label, name = entry["label"], entry["benchmark"]
-        ours = _ours(runs["runs"], front, label, name)
+        members = [point for point in front["points"] if point["label"] == label]
+        best = max(members, key=lambda point: point["learned"]["mean"], default={"runs": ()})
+        own = [b for row in runs["runs"] if row["name"] in best["runs"] for b in row["benchmarks"] if b["name"] == name]
+        ours = mean_of_seeds([b["after"] for b in own if b["after"] is not None])
         source = " ".join(str(entry[key]) for key in ("source", "note") if entry.get(key))
-        rows.append((label, name, number(entry["score"]), number(ours), Cell(source or "–", kind="path")))
+        rows.append(
+            (label, name, number(entry["score"]), number(ours.mean if ours else None), Cell(source or "–", kind="path"))
+        )
     return Grid(("label", "benchmark", "published", "ours", "source"), tuple(rows)) if rows else None
-
-
-def _ours(rows: Sequence[Mapping[str, Any]], front: Front, label: str, name: str) -> float | None:
-    members = [point for point in front["points"] if point["label"] == label]
-    if not members:
-        return None
-    best = max(members, key=lambda point: float(point["learned"]["mean"]))
-    scored = [b for row in rows if row["name"] in best["runs"] for b in row["benchmarks"] if b["name"] == name]
-    mean = mean_of_seeds([b["after"] for b in scored if b["after"] is not None])
-    return None if mean is None else mean.mean
 
 
 def _choice(front: Front) -> list[tuple[str, str]]:
@@ -219,16 +219,6 @@ def _told(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {number(own)}" for name, own in value.items())
     return number(value) if isinstance(value, float) else option_text(value).replace("–", "")
-
-
-def _counts(runs: Mapping[str, Any], front: Front) -> str:
-    rows = runs["runs"]
-    states = [row["status"] for row in rows]
-    labels, seeds = {row["label"] for row in rows}, {row["seed"] for row in rows}
-    other = [f"{states.count(state)} {state}" for state in ("failed", "missing") if state in states]
-    ending = f" ({', '.join(other)})" if other else ""
-    counted = f"{len(labels)} labels, {len(front['points'])} settings, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    return f"{counted}; {states.count('done')} of {len(rows)} runs finished{ending}"
 
 
 def _items(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Any] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from keeptune.core.errors import ArtefactError
 from keeptune.core.versions import versions
 from keeptune.report.numbers import count, duration, gap, number, set_options
 from keeptune.report.pages.charts import Chart
+
+# plotly.js adds styles of its own.
+_POLICY = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 
 def environment(autoescape: bool = True) -> Environment:
@@ -44,13 +47,15 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
     figures = {chart.name: chart.figure.to_plotly_json() for chart in charts if chart is not None}
     data = {"figures": figures} | ({"items": changed["rows"]} if changed else {})
     scripts, path = [plotly_source(), _source("page.js")], Path(str(base))
+    # The page's own scripts, by their hashes, and no request anywhere.
+    hashes = [f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'" for text in scripts]
     return (
         environment()
         .get_template(template)
         .render(
             scripts=scripts,
             style=_source("page.css"),
-            policy=_policy(scripts),
+            policy=f"default-src 'none'; script-src {' '.join(hashes)}; {_POLICY}",
             island=htmlsafe_json_dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":")),
             base=base,
             base_name=(path.parent.name if path.name == "model" else path.name) or base,  # as in atlas
@@ -73,16 +78,6 @@ def complete(record: str, again: str) -> Iterator[None]:
 
 def _source(name: str) -> str:
     return files("keeptune.report.pages").joinpath("templates", name).read_text("utf-8")
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """Returns a policy that allows the page's own scripts by their hashes, and no request anywhere."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
-    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
-    return (  # plotly.js adds styles of its own
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
 
 
 def repeat(commands: Sequence[tuple[str, str]], recipes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
