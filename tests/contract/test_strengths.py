@@ -10,8 +10,7 @@ from tests.contract.conftest import CASES, World
 
 from keeptune.core.errors import RecipeError
 from keeptune.core.plan import Plan
-from keeptune.methods.base import methods
-from keeptune.methods.strength import Strength, stronger
+from keeptune.methods.base import Strength, methods, stronger
 
 WITH = {case: method for case, method in CASES.items() if method.strength_option}
 FACTORS = (0.3, 1.0, 3.0)

@@ -207,12 +207,9 @@ def test_negative_control_the_two_covariances_are_not_alike() -> None:
     assert relative(exchanged.dense(), repaired(change(), 1.0).dense()) > 1e-2
 
 
-@pytest.mark.parametrize("mu", (-1.0, math.inf, math.nan))
-def test_wrong_numbers_are_refused(mu: float) -> None:
-    with pytest.raises(ValueError, match="mu"):
-        repaired(change(), mu)
+def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="drift"):
-        mu_for_drift([Curve.of(change(), ALONG, 1.0)], mu if mu < 0 else 0.0)
+        mu_for_drift([Curve.of(change(), ALONG, 1.0)], 0.0)
     with pytest.raises(ValueError, match="damping"):
         damped(OMEGA_T, 0.0)
     with pytest.raises(ValueError, match="mean eigenvalue"):

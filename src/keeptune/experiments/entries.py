@@ -6,7 +6,7 @@
                                                                         a method with other dotted keys of the recipe
     {label: "lora + kl", method: lora, penalties: [kl], strength: {penalties.0.strength: [3, 30]}}
 
-``strength`` is a list of factors on the method's own strength (:mod:`keeptune.methods.strength`), or one dotted key
+``strength`` is a list of factors on the method's own strength (:mod:`keeptune.methods.base`), or one dotted key
 with its values. In a method section a single number is the method's own option of that name.
 """
 
@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from keeptune.core.errors import RecipeError, placed
 from keeptune.experiments.compare_section import CompareSection, Different, Numbers
-from keeptune.methods.strength import stronger
+from keeptune.methods.base import stronger
 from keeptune.recipe.reading import set_value, spelt_out
 from keeptune.recipe.schema import make_method
 

@@ -13,21 +13,20 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 import keeptune.methods
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import PlanError
+from keeptune.core.errors import PlanError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.options import Options, Range
 from keeptune.core.plan import Decision, Plan, Scope, TargetPlan
 from keeptune.core.processes import divided_in_groups
 from keeptune.core.registry import look_up, registered
 from keeptune.core.target import TRAINED_TENSORS, Target, TensorName
-from keeptune.methods.strength import Strength
 from keeptune.penalties.base import Penalty
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import Request
@@ -54,6 +53,22 @@ class Size:
     assumed: bool = False
     implied: int = 0
     kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """Which option of a method says how much it keeps, and in which direction.
+
+    Law (``tests/contract``): a factor f above 1 always keeps more. With v the option's value, v f of a weight on
+    forgetting is ``multiplied``, and v / f of a budget for it, or of how much is trained, ``divided``.
+
+    Args:
+        option: Its name.
+        keeps_more: What a factor does to it.
+    """
+
+    option: str
+    keeps_more: Literal["multiplied", "divided"]
 
 
 @dataclass(frozen=True)
@@ -310,6 +325,42 @@ def refuse_experts(method: Method, targets: Iterable[Target]) -> None:
             wanted="A and B alone: PEFT trains nothing else of a parameter that holds several experts",
             next_step="List the other roles under `targets`, or take another method or option for these.",
         )
+
+
+def stronger(method: Any, factor: float) -> tuple[str, float]:
+    """Multiplies how much a method keeps by a factor.
+
+    Args:
+        method: The method.
+        factor: Above 0; above 1 keeps more.
+
+    Raises:
+        RecipeError: The method has no strength, or its strength is 0, which no factor moves.
+
+    >>> from keeptune.methods.lalora import Lalora
+    >>> stronger(Lalora(strength=100.0), 3)
+    ('strength', 300.0)
+    """
+    known: Strength | None = method.strength_option
+    if known is None:
+        raise RecipeError(
+            f"method {method.name}, strength",
+            got=f"the factor {factor:g}",
+            wanted="no factor: this method has no option for how much it keeps",
+            next_step="Vary an option by name, such as strength: {method.rank: [4, 8]}.",
+        )
+    option = known.option
+    value = getattr(method, option)
+    if value == 0:
+        raise RecipeError(
+            f"method.{option}",
+            got=f"0, with the factor {factor:g}",
+            wanted="a value that a factor can move",
+            next_step="Set the value that factor 1 stands for, or leave the factors out.",
+        )
+    if known.keeps_more == "multiplied":
+        return option, value * factor
+    return option, value / factor
 
 
 def dropout_field(dropout: float) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from keeptune.core.options import Range
+from keeptune.methods.base import Strength
 from keeptune.methods.lora import LoraStart
-from keeptune.methods.strength import Strength
 from keeptune.penalties.kl import Kl
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from keeptune.methods.base import Strength
 from keeptune.methods.lora import LoraStart
-from keeptune.methods.strength import Strength
 from keeptune.penalties.l2 import L2, L2Options, Layers
 
 

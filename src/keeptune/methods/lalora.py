@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from keeptune.methods.base import Strength
 from keeptune.methods.lora import LoraStart
-from keeptune.methods.strength import Strength
 from keeptune.penalties.laplace import Curvature, Laplace
 from keeptune.penalties.measured import Draws
 

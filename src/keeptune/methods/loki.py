@@ -40,9 +40,8 @@ from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.selections import quota, voted
-from keeptune.methods.base import SCALING, Method, Size, dropout_field
+from keeptune.methods.base import SCALING, Method, Size, Strength, dropout_field
 from keeptune.methods.lora import draw_start
-from keeptune.methods.strength import Strength
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.statistics.request import Request

@@ -170,12 +170,7 @@ def solution(omega_t: Tensor, omega_k: Tensor, mu: float) -> Solution:
         omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
         omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
         mu: μ, finite and not negative.
-
-    Raises:
-        ValueError: mu is negative or not finite.
     """
-    if not 0 <= mu < float("inf"):
-        raise ValueError(f"solution: got mu = {mu}, wanted a finite number, not negative")
     omega_t = omega_t.double()
     return Solution(omega_t, torch.linalg.cholesky(omega_t + mu * omega_k.double()) if mu else None)
 

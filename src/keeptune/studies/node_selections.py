@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -24,19 +23,7 @@ PRESETS: Mapping[str, NeuronAttribution] = {
     "current": NeuronAttribution.as_current(),
 }
 _BINS = 64  # of nodes, in a map of where they lie
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One of two selections that are compared.
-
-    Args:
-        attribution: What is measured.
-        where: What is taken.
-    """
-
-    attribution: NeuronAttribution
-    where: Where = "layer-balanced"
+Side = tuple[NeuronAttribution, Where]  # one of two selections that are compared: what is measured, what is taken
 
 
 def loki_of(job: Job) -> Loki:
@@ -70,19 +57,7 @@ def side_of(words: str, job: Job, option: str) -> Side:
         else:
             known = [*PRESETS, *get_args(Where), "all"]
             need_known(word, known, option, f"{', '.join(known)}, or a number of examples")
-    return Side(dataclasses.replace(attribution, examples=examples), where)
-
-
-def check_share(q: float) -> None:
-    """Checks a share of nodes, in per cent.
-
-    Raises:
-        RecipeError: It is out of range.
-    """
-    if not 0 < q <= 100:
-        raise RecipeError(
-            "--q", got=f"{q:g}", wanted="above 0 and at most 100: per cent of the nodes", next_step="Example: --q 1"
-        )
+    return dataclasses.replace(attribution, examples=examples), where
 
 
 def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:

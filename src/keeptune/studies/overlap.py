@@ -11,7 +11,7 @@ from keeptune.pipeline.job import Job
 from keeptune.recipe.schema import Recipe
 from keeptune.report.pages.study_charts import overlap_charts
 from keeptune.studies.figure_files import write_figure_files
-from keeptune.studies.node_selections import Side, attributions_of, check_share, chosen_rows, loki_of, side_of
+from keeptune.studies.node_selections import Side, attributions_of, chosen_rows, loki_of, side_of
 
 
 def overlap(
@@ -43,24 +43,23 @@ def overlap(
     for job in jobs if other is not None else jobs[:1]:
         job.check()
     q = loki_of(jobs[0]).q if q is None else q
-    check_share(q)
     sides = [side_of(first, jobs[0], "--first"), side_of(second, jobs[1], "--second")]
     _check_sides(jobs, sides, same_recipe=other is None)
-    known = [attributions_of(job, side.attribution) for job, side in zip(jobs, sides, strict=True)]
-    rows = [chosen_rows(attributions, q, side.where) for attributions, side in zip(known, sides, strict=True)]
+    known = [attributions_of(job, attribution) for job, (attribution, _) in zip(jobs, sides, strict=True)]
+    rows = [chosen_rows(attributions, q, where) for attributions, (_, where) in zip(known, sides, strict=True)]
     layers = overlaps(rows[0], rows[1], known[0].nodes)
     data = [[part.file.rsplit("/", 1)[-1] for part in job.recipe.knowledge_sets.values()] for job in jobs]
     differ = data if jobs[0].recipe.knowledge != jobs[1].recipe.knowledge else ([], [])
     described = [
         {
             "name": ", ".join([*filter(None, map(str.strip, words.split(","))), *differ[at]])
-            or f"{side.where}, {known[at].samples} texts",
-            "attribution": side.attribution,
-            "selection": side.where,
+            or f"{where}, {known[at].samples} texts",
+            "attribution": attribution,
+            "selection": where,
             "texts": known[at].samples,
             "rows": dict(zip(known[at].modules, map(list, rows[at]), strict=True)),
         }
-        for at, (words, side) in enumerate(zip((first, second), sides, strict=True))
+        for at, (words, (attribution, where)) in enumerate(zip((first, second), sides, strict=True))
     ]
     record = {
         "base": recipe.model,
