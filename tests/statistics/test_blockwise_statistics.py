@@ -15,7 +15,7 @@ from keeptune.methods.lalora import Lalora
 from keeptune.model.blocks import find_targets
 from keeptune.model.blockwise import BlockwiseRunner
 from keeptune.model.pretrained import LoadOptions, load_offloaded
-from keeptune.pipeline import machine as placement
+from keeptune.pipeline import originals as placement
 from keeptune.pipeline.planning import PlanOptions, plan_for
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance
 from keeptune.statistics.store import StatStore

@@ -38,8 +38,8 @@ from keeptune.model.pretrained import (
 from keeptune.model.quantization import goes_with_shards, stays_quantised
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline import task_kinds
-from keeptune.pipeline.machine import check_device, check_folder, device_named, is_packed, load_base, statistics_store
-from keeptune.pipeline.originals import check_original, original_of
+from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
+from keeptune.pipeline.originals import check_original, is_packed, load_base, original_of
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_scope
 from keeptune.recipe.schema import Recipe, make_loss, make_method, make_penalties
 from keeptune.statistics.collect import source_name

@@ -1,27 +1,121 @@
-"""The original of a quantised base, in floats: which it is, that it is at hand where asked for, its weights."""
+"""The base as plans read it: whole or block by block, as memory is, and its original in floats if it is quantised."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import psutil  # type: ignore[import-untyped]
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import PlanError, RecipeError
+from keeptune.core.errors import ModelError, PlanError, RecipeError
+from keeptune.core.offload import is_offloaded
+from keeptune.core.processes import gathered, on_machine
 from keeptune.core.target import Target
 from keeptune.core.weights import is_quantised, read_weight
 from keeptune.methods.base import Method
+from keeptune.model.blocks import blocks_of
+from keeptune.model.blockwise import BlockwiseRunner
 from keeptune.model.gguf import is_gguf
-from keeptune.model.pretrained import LoadOptions, StartFrom, load_config, load_floats
+from keeptune.model.pretrained import (
+    LoadOptions,
+    StartFrom,
+    load_config,
+    load_floats,
+    load_model,
+    load_offloaded,
+    load_shapes,
+)
 from keeptune.model.quantization import stays_quantised, stored_quantization
+from keeptune.model.runner import Runner
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.covariance import DirectionVariances
+from keeptune.statistics.request import Request, RowRequest
 
+_log = logging.getLogger(__name__)
+Memory = Literal["resident", "blockwise", "auto"]
+_SHARE = 0.8  # of the free memory: the rest is for activations
 # Weights quantised to two bits are off by up to 0.5, those of another model by 1.4 (relative, Frobenius).
 _UNRELATED = 0.7
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns how much memory of a device is free; of the CPU, the host's, which its processes share.
+
+    Of several processes it is the least, so that all decide alike.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = int(torch.cuda.mem_get_info(device)[0]) + cached
+    else:
+        free = int(psutil.virtual_memory().available) // on_machine()[1]
+    return min(gathered(free))
+
+
+def is_packed(name: str, options: LoadOptions) -> bool:
+    """Returns whether a base is quantised, by the recipe or as it is stored, or a GGUF file."""
+    return bool(options.quantization) or is_gguf(name) or stored_quantization(load_config(name, options)) is not None
+
+
+def load_base(name: str, options: LoadOptions, memory: Memory) -> PreTrainedModel:
+    """Loads a base for statistics and plans: whole, or with its weights on disk until a block needs them.
+
+    Quantised bases are loaded whole, under ``"blockwise"`` on the CPU, from where their blocks move to the device.
+
+    Raises:
+        ModelError: As of ``load_model``.
+    """
+    if is_packed(name, options):
+        return load_model(name, replace(options, device="cpu") if memory == "blockwise" else options)
+    if memory == "auto":
+        device = torch.device(options.device)
+        needed, free = sum(p.nbytes for p in load_shapes(name, options).parameters()), free_bytes(device)
+        memory = "resident" if needed <= _SHARE * free else "blockwise"
+        _tell("plan", memory, "weights", needed, free, device)
+    return load_model(name, options) if memory == "resident" else load_offloaded(name, options)
+
+
+def placed_runner(
+    runner: Runner, requests: Mapping[Target, frozenset[Request]], memory: Memory, device: str | None
+) -> tuple[Runner, int | None]:
+    """Returns what passes data through the model, and how many bytes sums may take at a time (None: those of a pass).
+
+    Raises:
+        RecipeError: ``memory`` is none of the three.
+    """
+    if memory not in ("resident", "blockwise", "auto"):
+        raise RecipeError(
+            "memory", got=str(memory), wanted="resident, blockwise or auto", next_step="Take one of them."
+        )
+    sites = {(r, r.site(t)): r.numbers(t) for t, own in requests.items() for r in own if isinstance(r, RowRequest)}
+    sums, free = 8 * sum(sites.values()), free_bytes(runner.device)
+    room = int(_SHARE * free)
+    if memory == "auto" and sites:
+        memory = "blockwise" if (is_offloaded(runner.model) or sums > room) and _is_stack(runner.model) else "resident"
+        _tell("statistics", memory, "sums", sums, free, runner.device)
+    if memory != "blockwise":
+        return runner, room if sums > room else None
+    place = None if device is None else torch.device(device)
+    return (runner if isinstance(runner, BlockwiseRunner) else BlockwiseRunner(runner.model, place)), None
+
+
+def _tell(stage: str, memory: Memory, what: str, needed: int, free: int, device: torch.device) -> None:
+    sizes = f"{what} of {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB free"
+    _log.info("%s: memory auto takes %s: %s on %s", stage, memory, sizes, device)
+
+
+def _is_stack(model: PreTrainedModel) -> bool:
+    try:
+        blocks_of(model)
+    except ModelError:
+        return False
+    return True
 
 
 def original_of(recipe: Recipe, config: Any) -> str | None:

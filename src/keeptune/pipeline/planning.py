@@ -24,8 +24,7 @@ from keeptune.model.pretrained import StartFrom, refuse_not_finite
 from keeptune.model.runner import Runner
 from keeptune.penalties.base import Penalty, Site, penalty_plan
 from keeptune.penalties.kl import Kl
-from keeptune.pipeline.machine import Memory, placed_runner
-from keeptune.pipeline.originals import weight_reader
+from keeptune.pipeline.originals import Memory, placed_runner, weight_reader
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.request import DataRole, Request
 from keeptune.statistics.store import DEFAULT_LIMIT, StatStore
