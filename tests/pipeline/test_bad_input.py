@@ -111,7 +111,7 @@ def test_malformed_data(command: Callable[..., Said], tmp_path: Path, content: b
 def test_data_that_overlap(command: Callable[..., Said], tmp_path: Path, data: Path) -> None:
     benchmarks = [{"name": "stories", "role": "knowledge", "text": "{text}", "metric": "cross_entropy"}]
     stories = [benchmarks[0] | {"file": str(data / "knowledge.jsonl")}]
-    assert_told(command(evaluate=stories), "evaluate.stories", "knowledge.file", "8 of 8", "row 1")
+    assert_told(command(evaluate=stories), "evaluate.stories", "knowledge.file", "8 of 8", "items 1")
     rows = read_jsonl(data / "task.jsonl", 2)
     file = write_jsonl(tmp_path / "some.jsonl", [{"question": "?", "answer": "1"}, rows[1]])
     sums = {"name": "sums", "role": "task", "prompt": "{question}", "answer": "{answer}", "metric": "exact_match"}
@@ -317,7 +317,7 @@ def test_prompts_that_leave_no_room_for_completions(command: Callable[..., Said]
 
 
 def test_arguments_that_trl_refuses(command: Callable[..., Said]) -> None:
-    assert_told(command(train={"eval_strategy": "steps", "max_steps": 1}), "train", "eval")
+    assert_told(command(train={"lr_scheduler_type": "nonsense"}), "train", "SchedulerType")
 
 
 def other_base(folder: Path) -> Path:
