@@ -38,7 +38,7 @@ from keeptune.recipe.schema import make_recipe
 from keeptune.report.figures import write_figure
 from keeptune.report.pages.study_charts import density_charts
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution, layer_profile
-from keeptune.studies.node_selections import PRESETS, Where, attributions_of, chosen_rows, density
+from keeptune.studies.overlap import PRESETS, Where, attributions_of, chosen_rows, density
 from keeptune.studies.suppress import drawn_rows
 
 SEEDS = (0, 1, 2)

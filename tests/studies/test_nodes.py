@@ -20,8 +20,7 @@ from keeptune.model.probes.block_calls import without_nodes
 from keeptune.pipeline import scoring
 from keeptune.pipeline.job import Job
 from keeptune.statistics.neuron_attribution import NeuronAttribution
-from keeptune.studies.node_selections import attributions_of, chosen_rows, density, side_of
-from keeptune.studies.overlap import overlap
+from keeptune.studies.overlap import attributions_of, chosen_rows, density, overlap, side_of
 from keeptune.studies.suppress import drawn_rows, suppress
 
 Values = Callable[..., dict[str, Any]]

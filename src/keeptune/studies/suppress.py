@@ -30,7 +30,7 @@ from keeptune.report.pages.study_charts import density_charts
 from keeptune.report.pages.sweep_charts import sweep_charts, sweep_note
 from keeptune.statistics.neuron_attribution import layer_profile
 from keeptune.studies.figure_files import write_figure_files
-from keeptune.studies.node_selections import Where, attributions_of, chosen_rows, density, loki_of
+from keeptune.studies.overlap import Where, attributions_of, chosen_rows, density, loki_of
 
 Over = Literal["layer-balanced", "global"]
 
