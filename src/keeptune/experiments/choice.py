@@ -21,12 +21,13 @@ from typing import Any, Literal
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError, RecipeError, need_known
+from keeptune.evaluation.results import trade_off
 from keeptune.experiments.axes import Axis, unit_of, value_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
 from keeptune.experiments.posthoc_variants import Variant, copy_result, write_variant
 from keeptune.pipeline.job import Job
-from keeptune.pipeline.reporting import entry_of
+from keeptune.pipeline.reporting import FinishedRun
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 from keeptune.recipe.schema import make_recipe
 from keeptune.report.pages.card import model_card
@@ -215,7 +216,8 @@ def _check_weights(result: Path, scored: set[str]) -> None:
 
 
 def _write_card(best: Path, run: Path, row: Row, choice: Row) -> None:
-    entry = entry_of(run) | {key: row[key] for key in ("K", "T", "KT", "benchmarks")}
+    done, scores = FinishedRun(run), {key: row[key] for key in ("K", "T", "KT", "benchmarks")}
+    entry = done.entry | trade_off(done.results) | scores
     limits = ", ".join(f"{name} {limit:g}" for name, limit in choice["max_loss"].items())
     notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice['run']}."]
     if row["variant"] is not None:

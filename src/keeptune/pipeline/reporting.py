@@ -132,16 +132,6 @@ class FinishedRun:
             )
 
 
-def entry_of(folder: Path) -> dict[str, Any]:
-    """Describes a finished run as one of a report's ``methods``, without T and KT, which need full fine-tuning too.
-
-    Raises:
-        ArtefactError: It is not a finished run, or its parts are of different recipes.
-    """
-    run = FinishedRun(folder)
-    return run.entry | trade_off(run.results)
-
-
 def _read(path: Path, stage: str) -> Any:
     if not path.is_file():
         raise ArtefactError(
