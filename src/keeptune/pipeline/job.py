@@ -24,7 +24,7 @@ from keeptune.data.completions import joined_knowledge, with_replay
 from keeptune.data.examples import LanguageExamples, TokenRow, data_account
 from keeptune.data.labelled import choose_rows
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluation.benchmark_data import refuse_used
+from keeptune.evaluation.benchmark_data import Corpus, refuse_used, used_rows
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import (
     LoadOptions,
@@ -202,7 +202,11 @@ class Job:
         sets, key = [], self.base_fingerprint if self.generations else ""
         for where, part in self.generations.items():
             texts = write_texts(self.base, self.tokenizer, part, self.store, fingerprint=key, where=where)
-            sets.append(task_kinds.without_scored(texts, self.recipe.evaluate, self.tokenizer))
+            for benchmark in self.recipe.evaluate:
+                rows = [{"prompt": text.prompt, "completion": text.completion} for text in texts.texts]
+                scored = used_rows(Corpus(where, rows, texts.read_texts), benchmark, self.tokenizer)
+                texts = texts.without(dict.fromkeys(scored, f"with items of {benchmark.name}"))
+            sets.append(texts)
         return sets
 
     @property

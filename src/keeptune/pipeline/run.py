@@ -9,6 +9,7 @@ the same command goes on where a killed run stopped.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,11 +30,11 @@ from keeptune.pipeline.machine import release_memory
 from keeptune.pipeline.planning import plan_for, statistics_for
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.scoring import evaluate_stage
-from keeptune.pipeline.task_kinds import notes_of
 from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import Statistics
 
+_log = logging.getLogger(__name__)
 _STAGE_FOLDERS = ("plan", "trained", "adapter", "merged")
 
 
@@ -107,8 +108,11 @@ def stats_stage(job: Job) -> tuple[list[Target], Statistics]:
 def plan_stage(job: Job) -> Plan:
     """Makes the plan, or loads the one that is there."""
     folder = job.output / "plan"
-    notes = notes_of(job.recipe, job.written_knowledge)
-    inputs = job.plan_inputs | ({"notes": list(notes)} if notes else {})
+    named = "" if job.recipe.knowledge else "; the recipe names no knowledge"
+    notes = [f"{written.where}: {written.account}{named}" for written in job.written_knowledge]
+    for note in notes:
+        _log.info("%s", note)
+    inputs = job.plan_inputs | ({"notes": notes} if notes else {})
     key = content_key(inputs)
 
     def saved() -> tuple[str, Plan]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import RecipeError
 from keeptune.data.chat_template import template_text
@@ -19,7 +16,7 @@ from keeptune.data.formats import FormatOptions, read_examples
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_examples, lettered_rows
 from keeptune.data.preferences import preferences
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluation.benchmark_data import Corpus, used_rows
+from keeptune.evaluation.benchmark_data import Corpus
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES
@@ -27,9 +24,8 @@ from keeptune.model.head import Head
 from keeptune.recipe.schema import Recipe
 from keeptune.recipe.sections import Kind, Knowledge, Task
 from keeptune.statistics.request import DataRole
-from keeptune.statistics.self_generated import SelfGeneration, SelfWritten
+from keeptune.statistics.self_generated import SelfGeneration
 
-_log = logging.getLogger(__name__)
 _NOT_JUDGED = ("format", "field_messages", "roles_to_train", "turns", "train_on_eos", "truncate")
 
 
@@ -191,23 +187,3 @@ def own_generations(recipe: Recipe, needs: Collection[DataRole]) -> dict[str, Se
             "the weight change, such as laplace, holds a classifier without replay.",
         )
     return {where: part.with_prompts(where) for where, part in asked.items()}
-
-
-def without_scored(
-    texts: SelfWritten, benchmarks: Sequence[Benchmark], tokenizer: PreTrainedTokenizerBase
-) -> SelfWritten:
-    """Returns texts without those that hold an item of a benchmark."""
-    for benchmark in benchmarks:
-        rows = [{"prompt": text.prompt, "completion": text.completion} for text in texts.texts]
-        scored = used_rows(Corpus(texts.where, rows, texts.read_texts), benchmark, tokenizer)
-        texts = texts.without(dict.fromkeys(scored, f"with items of {benchmark.name}"))
-    return texts
-
-
-def notes_of(recipe: Recipe, sets: Sequence[SelfWritten]) -> list[str]:
-    """Returns, and logs, what a report says of the texts that the base wrote."""
-    named = "" if recipe.knowledge else "; the recipe names no knowledge"
-    notes = [f"{written.where}: {written.account}{named}" for written in sets]
-    for note in notes:
-        _log.info("%s", note)
-    return notes

@@ -34,8 +34,6 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _STATES = {"lion_8bit": 1, "8bit": 2, "4bit": 1, "ademamix": 12, "adafactor": 0, "sgd": 0}
 _STATES |= {"lion": 4, "adagrad": 4, "rmsprop": 4, "": 8}
 _TILE = (4096, 32768)  # tokens and words of the tiles in which TRL takes the loss: the logits are never there at once
-_ONCE = 2**28  # logits at once while scoring (evaluation/scored_tokens.py)
-_CHUNK = 256  # tokens whose logarithms are taken at once while scoring
 # Bytes of a logit by what is done with it, a e + b: nothing but the tiles above, losses of whole answers, KL to the
 # base (both answers in float32, their terms, their gradients), statistics and writing (drawn in float64).
 _LOGITS = {"log_probs": (0, 0), "answers": (1, 12), "base": (2, 28), "statistics": (1, 20), "writing": (0, 28)}
@@ -215,29 +213,21 @@ def weight_bytes(shape: ModelShape, packed: Mapping[str, Any] | None = None) -> 
     # bitsandbytes packs modules, not parameters that hold all experts of a block; mxfp4 packs these alone.
     fused = {"bitsandbytes": (False,), "mxfp4": (True,)}.get(kind, (True, False))
     numbers = sum(t.out_features * t.in_features for t in shape.linear if (t.expert is not None) in fused)
-    return int(packed_bits(packed) / 8 * numbers) + shape.size * (shape.parameters - numbers)
-
-
-def packed_bits(packed: Mapping[str, Any]) -> float:
-    """Computes the bits of a packed number with its share of the scales; 16 of a kind that is not known.
-
-    bitsandbytes has a float32 for each 64 numbers, with double quantisation 8 bits and a float32 for each 256 of these.
-    Others have a 16-bit scale and a zero for each group (GPTQ, AWQ, HQQ, torchao) or 8 bits for each 32 (mxfp4).
-    """
-    kind = str(packed.get("quant_method") or "bitsandbytes")
+    bits = 16.0  # of a packed number, with its share of the scales; of a kind that is not known
     if "bitsandbytes" in kind:
         four = packed.get("load_in_4bit") or packed.get("_load_in_4bit")
+        # A float32 for each 64 numbers; with double quantisation 8 bits and a float32 for each 256 of these.
         scales = 8 / 64 + 32 / (64 * 256) if packed.get("bnb_4bit_use_double_quant") else 32 / 64
-        return 4 + scales if four else 8
-    if kind == "mxfp4":
-        return 4 + 8 / 32
-    if "fp8" in kind:
-        return 8
-    if kind in ("gptq", "awq", "hqq", "auto-round", "torchao"):
+        bits = 4 + scales if four else 8
+    elif kind == "mxfp4":
+        bits = 4 + 8 / 32
+    elif "fp8" in kind:
+        bits = 8
+    elif kind in ("gptq", "awq", "hqq", "auto-round", "torchao"):  # a 16-bit scale and a zero for each group
         four = "int8" not in str(packed.get("quant_type", ""))
         bits = float(packed.get("bits") or packed.get("nbits") or (4 if four else 8))
-        return bits + (16 + bits) / float(packed.get("group_size") or 128)
-    return 16
+        bits += (16 + bits) / float(packed.get("group_size") or 128)
+    return int(bits / 8 * numbers) + shape.size * (shape.parameters - numbers)
 
 
 def optimizer_states(optimizer: str) -> int:
@@ -261,16 +251,6 @@ def logit_bytes(shape: ModelShape, tokens: int, use: str, most: float = math.inf
     """Computes what all logits of some tokens take for a use, at most ``most`` of them at once: ``B S V (a e + b)``."""
     a, b = _LOGITS[use]
     return int(min(tokens * shape.vocabulary, most)) * (a * shape.size + b)
-
-
-def scoring_bytes(shape: ModelShape, *, rows: int, length: int, models: int) -> int:
-    """Computes the logits that scoring holds: of a batch below 2**28 numbers, once for each model that is compared.
-
-    Logarithms, in float32, are taken of 256 tokens at a time, with 24 bytes a number where two models are compared.
-    """
-    batch = min(rows, max(1, _ONCE // max(length * shape.vocabulary, 1))) * length
-    each = 24 if models > 1 else shape.size + 8
-    return shape.vocabulary * (batch * models * shape.size + min(batch, _CHUNK) * each)
 
 
 def inference_bytes(shape: ModelShape, tokens: int) -> int:
