@@ -21,7 +21,7 @@ from torch import Tensor
 
 from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.low_rank import LowRank
-from keeptune.core.plan import PenaltyPlan, Plan
+from keeptune.core.plan import Plan
 from keeptune.linalg.curvature_profile import Directions, directions, energies, profile
 from keeptune.pipeline.trained_changes import TrainedModel, labels_of, size_of
 from keeptune.report.pages.study_charts import curvature_charts
@@ -59,7 +59,15 @@ def curvature(
     """
     device = check_figure_file(output, "curvature.png", device)
     plan = Plan.load(run / "plan")
-    penalty = _penalty_with_curvature(plan, run)
+    kinds = tuple(f"{name}:" for name in _NAMES.values())
+    penalty = next((one for one in plan.penalties if any(name.startswith(kinds) for name in one.tensors)), None)
+    if penalty is None:
+        raise ArtefactError(
+            str(run),
+            got=f"a plan of {plan.method} without the curvature of inputs or outputs",
+            wanted="a run with it, such as {name: lalora, curvature: delta-act} or delta-kfac, b-kfac, b-tri-kfac",
+            next_step="Name such a run first, and this one after it, to see both against its curvature.",
+        )
     sources = [str(run), *others]
     labels = labels_of(sources)
     base = TrainedModel.of(str(run), base=base).base
@@ -139,20 +147,6 @@ def _means(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             shares = {name: [math.fsum(values) / len(own) for values in each] for name, each in tenths.items()}
             means[side] = shares | {"felt": math.fsum(one["felt"] for one in own) / len(own), "targets": len(own)}
     return means
-
-
-def _penalty_with_curvature(plan: Plan, run: Path) -> PenaltyPlan:
-    """Returns the first penalty of a plan that holds curvature of inputs or outputs."""
-    kinds = tuple(f"{name}:" for name in _NAMES.values())
-    for penalty in plan.penalties:
-        if any(name.startswith(kinds) for name in penalty.tensors):
-            return penalty
-    raise ArtefactError(
-        str(run),
-        got=f"a plan of {plan.method} without the curvature of inputs or outputs",
-        wanted="a run with it, such as {name: lalora, curvature: delta-act} or delta-kfac, b-kfac, b-tri-kfac",
-        next_step="Name such a run first, and this one after it, to see both against its curvature.",
-    )
 
 
 def _factors(tensors: Mapping[str, Tensor], side: Side, plan: Plan) -> dict[str, Tensor]:
