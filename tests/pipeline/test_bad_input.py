@@ -115,7 +115,7 @@ def test_data_that_overlap(command: Callable[..., Said], tmp_path: Path, data: P
     rows = read_jsonl(data / "task.jsonl", 2)
     file = write_jsonl(tmp_path / "some.jsonl", [{"question": "?", "answer": "1"}, rows[1]])
     sums = {"name": "sums", "role": "task", "prompt": "{question}", "answer": "{answer}", "metric": "exact_match"}
-    assert_told(command(evaluate=[sums | {"file": str(file)}]), "evaluate.sums", "task.train", "1 of 2", "row 2")
+    assert_told(command(evaluate=[sums | {"file": str(file)}]), "evaluate.sums", "task.train", "1 of 2", "items 2")
     assert_nothing_written(tmp_path)
 
 

@@ -316,7 +316,7 @@ def test_keys_of_another_kind(make: Make, task: dict[str, Any], words: list[str]
         ({"answer": "{sentence}"}, DataError, ["evaluate.accuracy row 1", "the label", "person plays instrument"]),
         ({"metric": "pearson"}, DataError, ["row 1", "the score"]),
         ({"metric": "pearson", "answer": "{length}"}, RecipeError, ["pearson for task.kind classification", "f1"]),
-        ({"role": "knowledge"}, RecipeError, ["evaluate.accuracy.role", "role: task", "not measured"]),
+        ({"role": "knowledge"}, RecipeError, ["evaluate.accuracy.role", "wanted task", "not measured"]),
         ({"prompt": "{sentence}"}, RecipeError, ["evaluate.accuracy", "prompt"]),
         ({"metric": "cross_entropy", "answer": None}, RecipeError, ["cross_entropy for task.kind classification"]),
         ({"metric": "accurate"}, RecipeError, ["accuracy"]),
