@@ -15,7 +15,6 @@ from .evaluation.benchmarks import FileBenchmark as FileBenchmark
 from .evaluation.model_pairs import AdapterPair as AdapterPair
 from .evaluation.model_pairs import TwoModels as TwoModels
 from .hosts.callback import Callback as Callback
-from .hosts.callback import CallbackOptions as CallbackOptions
 from .pipeline.gguf_export import GgufOptions as GgufOptions
 from .pipeline.gguf_export import export_gguf as export_gguf
 from .pipeline.planning import PlanOptions as PlanOptions

@@ -20,6 +20,7 @@ from keeptune.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs/guides/python.md"
+OWN = ROOT / "docs/guides/own-trainer.md"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -36,6 +37,17 @@ def test_the_python_guide_runs(
     exec(compile(block(GUIDE, "python"), GUIDE.name, "exec"), {"__name__": "guide"})
     assert "Exported(" in capsys.readouterr().out
     assert (tmp_path / "runs/guide/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_guide_to_ones_own_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On atlas, for two steps; its numbers on the page are of SmolLM2."""
+    monkeypatch.chdir(tmp_path)
+    code = block(OWN, "python").replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_path()))
+    code = code.replace("generate=64", "generate=8").replace("max_steps=60", "max_steps=2, use_cpu=True")
+    exec(compile(code, OWN.name, "exec"), {"__name__": "guide"})
+    report = json.loads((tmp_path / "runs/mine/keeptune/report.json").read_text())
+    assert [row["name"] for row in report["methods"][0]["benchmarks"]] == ["topics"]
 
 
 def test_the_guides_statistics_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

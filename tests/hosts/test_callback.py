@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.models import NF4
 from tests.training.support import EXAMPLES, MODEL, TOKENIZER, TRAINERS, arguments, plain_trainer, tuned
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import keeptune
@@ -62,6 +62,7 @@ def trained(model: PeftModel, folder: Path, *, kind: str = "transformers", resum
     """Trains with a callback or without; returns the trainer."""
     callbacks = extra.pop("callbacks", [callback()])
     made = TRAINERS[kind](model, folder, **LONG | extra)
+    made.processing_class = TOKENIZER
     for one in callbacks:
         made.add_callback(one)
     made.train(resume_from_checkpoint=resume)
@@ -240,6 +241,68 @@ def moved(model: PeftModel) -> PeftModel:
     return model
 
 
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("no clip", None),
+        ("no step", "got an optimiser step without the penalties kl"),
+        ("inside", "got gradients clipped without the penalties kl"),
+        ("twice", "got an optimiser step more than once with the penalties kl"),
+        ("stepped", "got an optimiser step without the penalties kl"),
+    ],
+)
+def test_a_loop_that_steps_or_clips_without_penalties_is_stopped_before_anything_moves(
+    where: str, told: str | None, tmp_path: Path
+) -> None:
+    class Own(Trainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if where == "inside":
+                self.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            if where == "stepped":
+                self.optimizer.step()
+            return loss
+
+        def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+            if where not in ("no step", "twice"):
+                return super()._inner_training_loop(*args, **kwargs)
+            self.create_optimizer_and_scheduler(1)
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            inputs = next(iter(self.get_train_dataloader()))
+            if where == "no step":
+                super().training_step(self.model, inputs)
+            else:
+                [self.training_step(self.model, inputs) for _ in range(2)]
+            self.optimizer.step()
+            raise AssertionError("a step was taken")
+
+    model = own()
+    made = plain_trainer(model, tmp_path, **LONG | {"max_grad_norm": 0.0})
+    made.__class__, made.processing_class = Own, TOKENIZER
+    made.add_callback(callback())
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    if told is None:
+        made.train()
+        return
+    with pytest.raises(TrainError, match=rf"training step 1: {told}.*keeptune\.Penalties\.step"):
+        made.train()
+    assert all(torch.equal(value, before[name]) for name, value in factors(made).items())
+
+
+@pytest.mark.parametrize("late", ["callback", "attach"])
+def test_a_trainer_that_has_started_is_refused(late: str, tmp_path: Path) -> None:
+    plan = tiny_plan()
+
+    class Late(TrainerCallback):
+        def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+            keeptune.attach(made, plan) if late == "attach" else made.add_callback(callback())
+
+    made = plain_trainer(tuned(plan), tmp_path)
+    made.add_callback(Late())
+    with pytest.raises(TrainError, match="got a trainer that ha[ds] started"):
+        made.train()
+
+
 def test_a_trainer_has_one(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="got two of them in one trainer"):
         trained(own(), tmp_path, callbacks=[callback(), callback()])
@@ -247,7 +310,7 @@ def test_a_trainer_has_one(tmp_path: Path) -> None:
     made = plain_trainer(tuned(plan), tmp_path, callbacks=[])
     keeptune.attach(made, plan)
     made.add_callback(callback())
-    with pytest.raises(TrainError, match=r"got a trainer that keeptune\.attach was called with"):
+    with pytest.raises(TrainError, match=r"got a trainer with keeptune\.attach.*Callback\(plan=plan\)"):
         made.train()
     with pytest.raises(TrainError, match="got two of them in one trainer"):
         Trainer(own(), made.args, callbacks=[callback(), callback()])

@@ -17,15 +17,17 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from tests.training.support import TRAINERS, here, tuned
+from tests.training.support import TOKENIZER, TRAINERS, here, tuned
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from keeptune.adapter.install import trained_state
 from keeptune.core.plan import Plan
+from keeptune.hosts.callback import Callback
+from keeptune.methods.keep import Keep
 from keeptune.training.attach import attach
 
-__all__ = ["BACKENDS", "answers", "interrupted", "rows", "scenarios", "trained"]
+__all__ = ["BACKENDS", "answers", "callbacks", "interrupted", "rows", "scenarios", "trained"]
 
 EXAMPLES = 8  # all of them are in each step, so that the order does not matter
 Found = dict[str, Tensor]
@@ -68,16 +70,20 @@ def trained(
     penalised: bool = True,
     resume: Path | None = None,
     loss: str = "nll",
+    callback: Callback | None = None,
     **extra: Any,
 ) -> Found:
-    """Train; the state at the end and what was logged."""
+    """Train, with a plan attached or by a callback; the state at the end and what was logged."""
     AcceleratorState._reset_state()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate sets it, and leaves it to the next
     if extra.get("fsdp"):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = tuned(plan)
     made = TRAINERS[trainer](model, folder, **extra)
-    if penalised:
+    if callback is not None:
+        made.add_callback(callback)
+        made.processing_class = TOKENIZER
+    elif penalised:
         attach(made, plan, loss)
     made.train(resume_from_checkpoint=None if resume is None else str(resume))
     assert (type(made.model_wrapped).__name__ == "DeepSpeedEngine") == ("deepspeed" in extra)
@@ -106,6 +112,12 @@ def rows(processes: int) -> dict[str, Any]:
     return answers(processes) | {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
 
 
+def callbacks(plan: Plan) -> dict[str, Callback]:
+    """Callbacks that are added late: with a plan, and with knowledge, for a plain LoRA that is adopted."""
+    texts = [f"Once upon a time there were {n} little birds.{' They sang.' * (n % 3)}" for n in range(16)]
+    return {"given": Callback(plan=plan), "adopted": Callback(method=Keep(nats=0.001, every=1), knowledge=texts)}
+
+
 def main(plan: Plan, out: Path) -> None:
     """Run every scenario under every back-end; the first process writes what it has."""
     state = PartialState(cpu=True)
@@ -117,6 +129,12 @@ def main(plan: Plan, out: Path) -> None:
         for name in ("rows", *(["off"] if "deepspeed" not in sharding else [])):
             own, arguments = Plan.load(out / name), rows(state.num_processes)
             found[name] = trained(own, "transformers", out / "unused", **arguments, **sharding)
+        for name, one in callbacks(plan).items() if "deepspeed" not in sharding else ():
+            if name == "given" or not sharding:  # no plan can be made of shards
+                own, folder = (plan if name == "given" else Plan.load(out / name)), out / f"{backend} {name}"
+                found[name] = trained(
+                    own, "transformers", folder, callback=one, **rows(state.num_processes), **sharding
+                )
         if not sharding:
             found |= {loss: trained(plan, "trl", out / "unused", loss=loss, **answers(2)) for loss in ("eaft", "asft")}
         if state.is_main_process:

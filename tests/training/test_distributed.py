@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.distributed import BACKENDS, answers, interrupted, rows, scenarios, trained
+from tests.training.distributed import BACKENDS, answers, callbacks, interrupted, rows, scenarios, trained
 from tests.training.support import every, here, planned
 from torch import Tensor
 
 from keeptune.core.plan import Plan
 from keeptune.methods.loki import Loki
+from keeptune.methods.lora import Lora
 from keeptune.methods.oplora import Oplora
 from keeptune.methods.pissa import Pissa
 from keeptune.penalties.l2 import L2
@@ -48,6 +49,7 @@ def together(plan: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactor
     plan.save(folder / "plan")
     confined.save(folder / "rows")
     planned(Oplora(rank=2, k=6), [SQUARES]).save(folder / "off")
+    planned(Lora(rank=2)).save(folder / "adopted")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -62,6 +64,8 @@ def together(plan: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactor
     ]  # fmt: skip
     errors = [process.communicate(timeout=900)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in errors)
+    written = sorted(path.parent.parent.name for path in folder.glob("*/keeptune/report.html"))
+    assert written == ["ddp adopted", "ddp given", "fsdp2 given"]
     return {backend: load_file(folder / f"{backend}.safetensors") for backend in here(BACKENDS)}
 
 
@@ -148,3 +152,15 @@ def test_two_processes_share_a_loss_of_the_tasks_tokens(
     assert "log nll" in alone
     for key, value in alone.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("given", "ddp"), ("given", "fsdp2"), ("adopted", "ddp")])
+def test_a_callback_of_two_processes_takes_the_steps_of_one(
+    name: str, backend: str, plan: Plan, together: Mapping[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    own, found = plan if name == "given" else planned(Lora(rank=2)), part(together[backend], name)
+    alone = trained(own, "transformers", tmp_path, callback=callbacks(plan)[name], **rows(1))
+    assert bool(found.pop("shards")) == (backend == "fsdp2")
+    assert float(found["log penalty_grad_norm"].max()) > 0
+    for key, value in found.items():
+        torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -22,11 +21,8 @@ from keeptune.methods.base import Method, dropout_field
 from keeptune.methods.lora import LoraStart
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import body_fingerprint
-from keeptune.model.runner import Runner
 from keeptune.penalties.base import Penalty
-from keeptune.pipeline.planning import PlanOptions, with_penalties
 from keeptune.statistics.request import DataRole
-from keeptune.statistics.store import StatStore
 
 # Fields of LoraConfig that say which modules, and of which size; any other makes more of it than A and B.
 _FREE = {
@@ -62,13 +58,8 @@ def refuse_start(method: Method, penalties: Sequence[Penalty], knowledge: Any) -
 
 
 @contextmanager
-def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
-    """Takes the layers of an adapter out for a while: yields the base as it was, not a copy, and them by their names.
-
-    Raises:
-        TrainError: There is no adapter that could be adopted.
-    """
-    refuse_adapter(model)
+def without_adapter(model: PeftModel) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    """Takes the layers of an adapter out for a while: yields the base as it was, not a copy, and them by name."""
     base: Any = model.get_base_model()
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     wrapped: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, kinds)}
@@ -87,11 +78,13 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> Iterator[tuple[PreTra
             put(name, module)
 
 
-def refuse_adapter(model: PreTrainedModel | PeftModel) -> None:
-    """Raises TrainError for a model without an adapter, or with one that is more than a plain LoRA."""
+def refuse_adapter(model: PreTrainedModel | PeftModel, *, plain: bool) -> None:
+    """Raises TrainError for a model without an adapter; where it is to be a plain LoRA, also for one that is more."""
     if not isinstance(model, PeftModel):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         raise _refused(f"{type(model).__name__} without an adapter, in which {trained:,} numbers are trained", _LORA)
+    if not plain:
+        return
     if model.active_adapters != ["default"]:
         raise _refused(f"the active adapters {named(model.active_adapters)}", "Have one active, and name it default.")
     config, plain = model.peft_config["default"], LoraConfig()
@@ -108,54 +101,39 @@ def refuse_adapter(model: PreTrainedModel | PeftModel) -> None:
     if special:
         raise _refused(f"a LoRA with {named(special)}", f"Leave it out. {_BEFOREHAND.format('method')}")
     if any(isinstance(parameter.data, DTensor) for parameter in model.parameters()):
-        raise _refused("a model in shards (FSDP2), of which no plan can be made", _BEFOREHAND.format("method"))
+        raise _refused("a model in shards", _BEFOREHAND.format("method"))
 
 
-@dataclass(frozen=True)
-class Adopted:
-    """An adapter that was taken out of its base: its layers by the names of their modules, and PEFT's config."""
+def adopted_plan(
+    base: PreTrainedModel,
+    layers: Mapping[str, Any],
+    config: LoraConfig,
+    method: Method,
+    data: Mapping[DataRole, Calibration],
+) -> Plan:
+    """Makes the plan, without penalties, of an adapter that was taken out of its base: the factors as they are.
 
-    layers: Mapping[str, Any]
-    config: LoraConfig
-
-    def plan(
-        self,
-        base: PreTrainedModel,
-        method: Method,
-        penalties: Sequence[Penalty],
-        store: StatStore,
-        *,
-        data: Mapping[DataRole, Calibration],
-        options: PlanOptions,
-    ) -> Plan:
-        """Makes its plan: the factors as they are, and penalties on them.
-
-        Raises:
-            TrainError: It tunes what is no linear map, or has been trained already.
-        """
-        fingerprint = body_fingerprint(base)
-        known = {target.name: target for target in find_targets(base)}
-        for name, layer in self.layers.items():
-            if name not in known:
-                raise _refused(f"a LoRA on {name}, no linear map of a block", "Leave it out of target_modules.")
-            if bool(layer.lora_B["default"].weight.any()):
-                raise _refused(
-                    f"a LoRA that has been trained already: B of {name} is not zero",
-                    "Merge it into the base (merge_and_unload, save_pretrained) and start from that, or go on from a "
-                    "checkpoint by trainer.train(resume_from_checkpoint=...).",
-                )
-        chosen = [target for name, target in known.items() if name in self.layers]
-        head = head_of(base)
-        given = {"rank": self.config.r, "alpha": self.config.lora_alpha, "dropout": self.config.lora_dropout}
-        plan = Plan(
-            method=method.name,
-            options=method.options() | given,
-            targets=tuple(_adopted(target, self.layers[target.name]) for target in chosen),
-            peft=dropout_field(self.config.lora_dropout) | ({"modules_to_save": list(head)} if head else {}),
-            provenance={"model": fingerprint} | {role: tokens.fingerprint for role, tokens in data.items()},
-        )
-        options = replace(options, fingerprint=fingerprint)
-        return with_penalties(plan, penalties, Runner(base), store, data=data, options=options)
+    Raises:
+        TrainError: It tunes what is no linear map, or has been trained already.
+    """
+    known = {target.name: target for target in find_targets(base)}
+    for name, layer in layers.items():
+        if name not in known:
+            raise _refused(f"a LoRA on {name}, no linear map of a block", "Leave it out of target_modules.")
+        if bool(layer.lora_B["default"].weight.any()):
+            raise _refused(
+                f"a LoRA that has been trained already: B of {name} is not zero",
+                "Merge it into the base (merge_and_unload, save_pretrained) and start from that, or go on from a "
+                "checkpoint by trainer.train(resume_from_checkpoint=...).",
+            )
+    head, given = head_of(base), {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    return Plan(
+        method=method.name,
+        options=method.options() | given,
+        targets=tuple(_adopted(target, layers[name]) for name, target in known.items() if name in layers),
+        peft=dropout_field(config.lora_dropout) | ({"modules_to_save": list(head)} if head else {}),
+        provenance={"model": body_fingerprint(base)} | {role: tokens.fingerprint for role, tokens in data.items()},
+    )
 
 
 def _adopted(target: Target, layer: Any) -> TargetPlan:

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from keeptune.adapter.export import ExportOptions
 from keeptune.api import store_of, tokens_of
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 from keeptune.evaluation.benchmarks import Benchmark
-from keeptune.hosts.adopted import Adopted, refuse_adapter, refuse_start, without_adapter
-from keeptune.hosts.host import agreed, refuse_host, trainer_of
-from keeptune.hosts.result import Result
+from keeptune.hosts.adopted import adopted_plan, refuse_adapter, refuse_start, without_adapter
+from keeptune.hosts.result import result_folder, tokenizer_of, write_result
 from keeptune.methods.base import Method
 from keeptune.methods.keep import Keep
+from keeptune.model.runner import Runner
 from keeptune.penalties.base import Penalty
-from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_scope
+from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_scope, with_penalties
 from keeptune.training.attach import add_plan
+from keeptune.training.guard import Guard
 
-
-@dataclass(frozen=True)
-class CallbackOptions:
-    """What a :class:`Callback` reads and writes.
-
-    Args:
-        output: Folder of the plan, the exported adapter and the report; None is ``keeptune`` in the trainer's
-            ``output_dir``.
-        base: Path or hub id of the base, which the export is checked on; None is where the model was loaded from.
-        plan: How texts are cut, and where statistics are kept. Which modules are tuned is the adapter's to say.
-        export: What is written, and how it is checked.
-    """
-
-    output: Path | str | None = None
-    base: str | None = None
-    plan: PlanOptions = PlanOptions()
-    export: ExportOptions = ExportOptions()
-
-
-_DEFAULTS = CallbackOptions()
+_DEFAULTS = PlanOptions()
 
 
 class Callback(TrainerCallback):
@@ -53,7 +33,19 @@ class Callback(TrainerCallback):
 
     As training begins it takes the LoRA that is there, collects what penalties need and adds them, once per optimiser
     step and clipped with the task's gradient; budgets are in the trainer's log, and their state is in its checkpoints.
-    As it ends, the adapter is exported, checked on a fresh base, and reported.
+    As it ends, the adapter is exported to ``keeptune`` in ``output_dir``, checked on a fresh base, and reported.
+
+    Args:
+        method: One that starts as a plain LoRA does, such as ``Keep(nats=0.01)``, which None is. Rank, scale and
+            dropout are those of the adapter that is there.
+        knowledge: Texts that hold what the model should keep, or prompts and completions.
+        penalties: Terms of the loss besides the method's own, such as ``L2(strength=1.0)``.
+        plan: In place of these the plan that was installed, for methods that choose where to start.
+        evaluate: Benchmarks that are scored before and after, on the same items, as training ends.
+        options: How texts are cut, and where statistics are kept; which modules are tuned is the adapter's to say.
+
+    Raises:
+        TrainError: The method needs its plan beforehand, there is no knowledge, or a plan and more are given.
     """
 
     def __init__(
@@ -64,108 +56,99 @@ class Callback(TrainerCallback):
         penalties: Sequence[Penalty] = (),
         plan: Plan | None = None,
         evaluate: Sequence[Benchmark] = (),
-        options: CallbackOptions = _DEFAULTS,
+        options: PlanOptions = _DEFAULTS,
     ) -> None:
-        """Checks what can be checked without a model.
-
-        Args:
-            method: One that starts as a plain LoRA does, such as ``Keep(nats=0.01)``, which None is. Rank, scale and
-                dropout are those of the adapter that is there.
-            knowledge: Texts that hold what the model should keep, or prompts and completions.
-            penalties: Terms of the loss besides the method's own, such as ``L2(strength=1.0)``.
-            plan: In place of these the plan that was installed, for methods that choose where to start.
-            evaluate: Benchmarks that are scored before and after, on the same items, as training ends.
-            options: Where the result goes, and the rest.
-
-        Raises:
-            TrainError: The method needs its plan beforehand, there is no knowledge, or a plan and more are given.
-        """
+        """Checks what can be checked without a model."""
         if plan is not None and (method is not None or knowledge is not None or penalties):
-            raise TrainError(
-                "keeptune.Callback",
-                got="a plan, and a method, knowledge or penalties beside it",
-                wanted="one of the two: all of these are in the plan",
-                next_step="Leave the others out.",
+            raise _refused(
+                "a plan, and a method, knowledge or penalties beside it", "Leave them out: the plan has them."
             )
         self.plan, self._method, self._knowledge = plan, method or Keep(), knowledge
         self._penalties = penalties_of(self._method, penalties)
         self._benchmarks, self._options = tuple(evaluate), options
         self._trainer: Any = None
+        self._started = 0.0
         if plan is None:
             refuse_start(self._method, self._penalties, knowledge)
             refuse_scope(self._method, self._penalties, None)
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Puts factors that the trainer has rounded to bfloat16 (TRL, on a quantised base) back to float32."""
-        refuse_host(trainer_of(self), self)
-        if isinstance(kwargs["model"], PeftModel):
-            for parameter in kwargs["model"].parameters():
-                if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-                    parameter.data = parameter.data.float()
+        """Adds a plan that is given, and puts factors that TRL has rounded to bfloat16 back to float32."""
+        trainer = self._host()
+        if self.plan is not None:
+            self._attach(trainer, self.plan)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Makes the plan, or loads that of the checkpoint, and adds it to the trainer."""
-        trainer = trainer_of(self)
-        if self._trainer is trainer:  # which trains again
+        if self._started:  # adding penalties has this event come again
             return
-        refuse_host(trainer, self)
-        if self.plan is not None and not isinstance(trainer.model, PeftModel):
-            refuse_adapter(trainer.model)
-        result = self._result(trainer)
-        with torch.random.fork_rng():
-            if self.plan is None:
-                self.plan = agreed(lambda: Plan.load(result.plan) if state.global_step else self._made(trainer))
-            add_plan(trainer, self.plan)
+        self._started = time.perf_counter()
+        trainer = self._trainer or self._host()
+        saved = result_folder(trainer) / "plan"
+        plan = self.plan or (Plan.load(saved) if state.global_step else self._made(trainer))
+        if self._trainer is None:
+            self._attach(trainer, plan)
         if state.is_world_process_zero:
-            self.plan.save(result.plan)
-        trainer.add_callback(_End(trainer, result, self.plan))
-        self._trainer = trainer
+            plan.save(saved)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Exports, checks and reports; what penalties hold has been said."""
+        assert self.plan is not None
+        write_result(self._trainer, self.plan, self._benchmarks, time.perf_counter() - self._started)
+        self._started = 0.0
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Refuses a trainer that had started before the callback was added."""
         if self._trainer is None:
-            raise TrainError(
-                f"training step {state.global_step + 1}",
-                got="a callback that was added to a trainer that had started",
-                wanted="one that is there when training begins",
-                next_step="Pass callbacks=[keeptune.Callback(...)] to the trainer.",
-            )
+            raise _refused("a trainer that had started before it was added", "Pass callbacks=[keeptune.Callback(...)].")
+
+    def _host(self) -> Any:
+        """Returns the trainer that has just called one of the events, which are not told; checked."""
+        frames = (info.frame.f_locals.get("self") for info in inspect.stack(0))
+        hosts = (own for own in frames if isinstance(own, Trainer) and self in own.callback_handler.callbacks)
+        trainer: Any = next(hosts, None)
+        others = () if trainer is None else trainer.callback_handler.callbacks
+        attached = any(isinstance(one, Guard) and one.attached for one in others)
+        for refused, got, next_step in (
+            (trainer is None, "a loop that is no transformers.Trainer", "Call keeptune.Penalties.step in your loop."),
+            (sum(isinstance(one, Callback) for one in others) > 1, "two of them", "One takes several `penalties`."),
+            (attached, "a trainer with keeptune.attach", "Leave that out, and pass keeptune.Callback(plan=plan)."),
+            (
+                trainer is not None and trainer.hp_search_backend is not None,
+                "a search of hyperparameters",
+                "Train those that it chose in a trainer of their own.",
+            ),
+        ):
+            if refused:
+                raise _refused(got, next_step)
+        refuse_adapter(trainer.model, plain=self.plan is None)
+        return trainer
+
+    def _attach(self, trainer: Any, plan: Plan) -> None:
+        add_plan(trainer, plan)
+        self.plan, self._trainer = plan, trainer
 
     def _made(self, trainer: Any) -> Plan:
-        """Plans the adapter that is there, on the base beneath it."""
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        if self._knowledge is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TrainError(
-                "keeptune.Callback",
-                got="a trainer without a tokenizer",
-                wanted="the tokenizer of the model, for the knowledge",
-                next_step="Pass processing_class=tokenizer to the trainer.",
-            )
-        options = self._options.plan
-        with without_adapter(trainer.model) as (base, layers), store_of(options) as store:
-            data, _ = tokens_of(base, tokenizer, {"knowledge": self._knowledge}, options)
-            made = Adopted(layers, trainer.model.peft_config["default"])
-            return made.plan(base, self._method, self._penalties, store, data=data, options=options)
-
-    def _result(self, trainer: Any) -> Result:
-        name = self._options.base or trainer.model.get_base_model().name_or_path
-        if not name:
-            raise TrainError(
-                "keeptune.Callback, base",
-                got="a model that does not say where it was loaded from",
-                wanted="the path or hub id of the base, on which the export is checked",
-                next_step="Set options=keeptune.CallbackOptions(base=...).",
-            )
-        folder = Path(self._options.output or Path(trainer.args.output_dir) / "keeptune")
-        return Result(folder, name, self._options.export, self._benchmarks)
+        """Plans the adapter that is there, on the base beneath it; all processes take the plan of the first."""
+        tokenizer = tokenizer_of(trainer)
+        if self._knowledge is not None and tokenizer is None:
+            raise _refused("a trainer without a tokenizer", "Pass processing_class=tokenizer to the trainer.")
+        with (
+            torch.random.fork_rng(),
+            without_adapter(trainer.model) as (base, layers),
+            store_of(self._options) as store,
+        ):
+            data, _ = tokens_of(base, tokenizer, {"knowledge": self._knowledge}, self._options)
+            plan = adopted_plan(base, layers, trainer.model.peft_config["default"], self._method, data)
+            made = [with_penalties(plan, self._penalties, Runner(base), store, data=data, options=self._options)]
+        broadcast_object_list(made)
+        return made[0]
 
 
-class _End(TrainerCallback):
-    """Exports, checks and reports once training is over, and what penalties say of it."""
-
-    def __init__(self, trainer: Any, result: Result, plan: Plan) -> None:
-        self._trainer, self._result, self._plan = trainer, result, plan
-        self._started = time.perf_counter()
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._result.write(self._trainer, self._plan, time.perf_counter() - self._started)
+def _refused(got: str, next_step: str) -> TrainError:
+    return TrainError(
+        "keeptune.Callback", got=got, wanted="one, in a Trainer that trains one model", next_step=next_step
+    )

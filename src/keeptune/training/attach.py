@@ -47,12 +47,8 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     if any(guard.attached for guard in guards):
         return
     if trainer.is_in_train:
-        raise TrainError(
-            "attach",
-            got="a trainer that has started",
-            wanted="one before train(): the first steps would go without the penalties",
-            next_step="Make the trainer anew, and call keeptune.attach(trainer, plan) before trainer.train().",
-        )
+        got, wanted = "a trainer that has started", "one before train(), for all steps are to have the penalties"
+        raise TrainError("attach", got=got, wanted=wanted, next_step="Make it anew, and attach before trainer.train().")
     add_plan(trainer, plan, loss)
 
 
@@ -103,7 +99,7 @@ def _scale_rate(trainer: Any, plan: Plan, factor: float) -> None:
             f"training with {plan.method}",
             got="an optimiser of your own, with its own learning rate",
             wanted="a trainer that makes one from its arguments: the method scales the rate",
-            next_step="Leave the optimiser to the trainer, or set the method's `rate: fixed`.",
+            next_step="Leave it to the trainer (callbacks are to be there before), or set the method's `rate: fixed`.",
         )
     trainer.args.learning_rate *= factor
     _log.info(

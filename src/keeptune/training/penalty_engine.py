@@ -235,7 +235,7 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
         log(logs, *args, **kwargs)
 
     def clipping(*args: Any, **kwargs: Any) -> Any:
-        state.refuse_unless_due("gradients clipped")  # both are clipped together
+        state.check("gradients clipped")  # both are clipped together
         return clip(*args, **kwargs)
 
     state = PenaltyState(penalties, plan)
@@ -279,10 +279,10 @@ class PenaltyState(TrainerCallback, ExportableState):
     A step without them is refused before the optimiser takes it.
     """
 
-    def __init__(self, penalties: Penalties | None = None, plan: Plan | None = None) -> None:
-        self.penalties, self._plan, self._seen, self._stepped = penalties, plan, 0, False
-        self._key = None if plan is None else plan.key
-        self._hook: Any = None
+    def __init__(self, penalties: Any = None, plan: Any = None) -> None:
+        self.penalties, self._plan, self._key = penalties, plan, plan and plan.key
+        self._optimizer: Any = None
+        self._seen, self._stepped = 0, False
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps."""
@@ -297,11 +297,11 @@ class PenaltyState(TrainerCallback, ExportableState):
                 wanted="false: keeptune's callbacks restore themselves",
                 next_step="Leave it out.",
             )
-        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
         self._seen, self._stepped = self.penalties.taken, False  # training may have been interrupted within a step
-        self._release()
-        if isinstance(optimizer, torch.optim.Optimizer):
-            self._hook = optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
+        if isinstance(optimizer, torch.optim.Optimizer) and optimizer is not self._optimizer:
+            optimizer.register_step_pre_hook(lambda *_: self.check("an optimiser step", steps=True))
+            self._optimizer = optimizer
         if state.global_step == 0:
             return
         kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes")
@@ -314,37 +314,23 @@ class PenaltyState(TrainerCallback, ExportableState):
             )
         self.penalties.restore(kept["kept"])
 
-    def refuse_unless_due(self, what: str) -> None:
-        """Raises TrainError unless the penalties were added to this step's gradients, once, and it is to be taken."""
-        assert self.penalties is not None
-        assert self._plan is not None
-        if self.penalties.taken != self._seen + 1 or self._stepped:
-            names = ", ".join(p.name for p in self._plan.penalties)
-            counted = self.penalties.taken - self._seen
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Counts a step, which the optimiser may have left out, as under a ``GradScaler``."""
+        self.check("an optimiser step")
+        self._seen, self._stepped = self._seen + 1, False
+
+    def check(self, what: str, *, steps: bool = False) -> None:
+        """Raises TrainError unless penalties were added to the gradients once, and no optimiser has stepped since."""
+        counted = self.penalties.taken - self._seen
+        if counted != 1 or (steps and self._stepped):
             raise TrainError(
                 f"training step {self._seen + 1}",
-                got=f"{what} {f'with {counted} times' if counted > 1 else 'without'} the penalties {names}",
+                got=f"{what} {'more than once with' if counted else 'without'} the penalties "
+                + ", ".join(penalty.name for penalty in self._plan.penalties),
                 wanted="a trainer whose loop calls training_step and ends each step at its last micro-batch",
                 next_step="Use another trainer, or call keeptune.Penalties.step in a loop of your own.",
             )
-
-    def _release(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _before_step(self) -> None:
-        self.refuse_unless_due("an optimiser step")
-        self._stepped = True
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Counts the step, which an optimiser may have left out, as under a ``GradScaler``."""
-        self._stepped = False
-        self.refuse_unless_due("an optimiser step")
-        self._seen += 1
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Leaves the optimiser alone."""
-        self._release()
+        self._stepped |= steps
 
 
 def _gradients(
