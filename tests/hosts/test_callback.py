@@ -11,10 +11,9 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.models import NF4
-from tests.training.support import EXAMPLES, MODEL, TOKENIZER, TRAINERS, arguments, plain_trainer, tuned
+from tests.training.support import MODEL, TOKENIZER, TRAINERS, plain_trainer, trl_trainer, tuned
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 import keeptune
 from keeptune.adapter.load import load_adapter
@@ -61,9 +60,9 @@ def curve(trainer: Any) -> list[dict[str, float]]:
 def trained(model: PeftModel, folder: Path, *, kind: str = "transformers", resume: Any = None, **extra: Any) -> Any:
     """Trains with a callback or without; returns the trainer."""
     callbacks = extra.pop("callbacks", [callback()])
-    made = TRAINERS[kind](model, folder, **LONG | extra)
+    made = TRAINERS[kind](model, folder, **LONG | extra, **({"callbacks": callbacks} if kind == "trl" else {}))
     made.processing_class = TOKENIZER
-    for one in callbacks:
+    for one in callbacks if kind != "trl" else ():
         made.add_callback(one)
     made.train(resume_from_checkpoint=resume)
     return made
@@ -175,11 +174,7 @@ def test_a_base_in_four_bits_is_tuned_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = load_model(MODEL, LoadOptions(quantization=NF4 | {"llm_int8_skip_modules": ["lm_head", "down_proj"]}))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    config = SFTConfig(**arguments(tmp_path, **LONG, bf16=False, activation_checkpointing=False))
-    made = SFTTrainer(
-        model=model, args=config, train_dataset=EXAMPLES.dataset(TOKENIZER, 64)[0], processing_class=TOKENIZER,
-        callbacks=[callback()],
-    )  # fmt: skip
+    made = trl_trainer(model, tmp_path, [callback()], **LONG)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     made.train()
     assert any(row.get("penalty_grad_norm", 0) > 0 for row in curve(made))

@@ -57,17 +57,19 @@ def arguments(folder: Path, **extra: Any) -> dict[str, Any]:
     } | extra  # fmt: skip
 
 
-def trl_trainer(model: PeftModel, folder: Path, **extra: Any) -> Any:
+def trl_trainer(model: PeftModel, folder: Path, callbacks: Any = None, **extra: Any) -> Any:
     config = SFTConfig(**arguments(folder, **({"bf16": False, "activation_checkpointing": False} | extra)))
     return SFTTrainer(
-        model=model, args=config, train_dataset=EXAMPLES.dataset(TOKENIZER, 64)[0], processing_class=TOKENIZER
-    )
+        model=model, args=config, train_dataset=EXAMPLES.dataset(TOKENIZER, 64)[0], processing_class=TOKENIZER,
+        callbacks=callbacks,
+    )  # fmt: skip
 
 
-def plain_trainer(model: PeftModel, folder: Path, **extra: Any) -> Any:
+def plain_trainer(model: PeftModel, folder: Path, callbacks: Any = None, **extra: Any) -> Any:
     rows = [TOKENIZER(p + c)["input_ids"][:16] for p, c in zip(EXAMPLES.prompts, EXAMPLES.completions, strict=True)]
     data: Any = [{"input_ids": ids, "labels": ids} for ids in rows]
-    return Trainer(model=model, args=TrainingArguments(**arguments(folder, **extra)), train_dataset=data)
+    config = TrainingArguments(**arguments(folder, **extra))
+    return Trainer(model=model, args=config, train_dataset=data, callbacks=callbacks)
 
 
 TRAINERS: dict[str, Callable[..., Any]] = {"trl": trl_trainer, "transformers": plain_trainer}

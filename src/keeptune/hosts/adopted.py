@@ -49,12 +49,9 @@ def refuse_start(method: Method, penalties: Sequence[Penalty], knowledge: Any) -
             next_step=_BEFOREHAND.format(f"keeptune.{type(method).__name__}(...)"),
         )
     if knowledge is None and any("knowledge" in one.data for one in penalties):
-        raise TrainError(
-            "keeptune.Callback, knowledge",
-            got="none",
-            wanted=f"texts that hold what the model should keep, for {named([one.name for one in penalties])}",
-            next_step="Pass knowledge=texts; keeptune.generate_knowledge(model, tokenizer) has the base write some.",
-        )
+        wanted = f"texts that hold what the model should keep, for {named([one.name for one in penalties])}"
+        next_step = "Pass knowledge=texts; keeptune.generate_knowledge(model, tokenizer) has the base write some."
+        raise TrainError("keeptune.Callback, knowledge", got="none", wanted=wanted, next_step=next_step)
 
 
 @contextmanager
@@ -83,18 +80,21 @@ def refuse_adapter(model: PreTrainedModel | PeftModel, *, plain: bool) -> None:
     if not isinstance(model, PeftModel):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         raise _refused(f"{type(model).__name__} without an adapter, in which {trained:,} numbers are trained", _LORA)
+    if not model.get_base_model().name_or_path:
+        next_step = "Load it by from_pretrained; the export is checked on it."
+        raise _refused("a base that does not say where it was loaded from", next_step)
     if not plain:
         return
     if model.active_adapters != ["default"]:
         raise _refused(f"the active adapters {named(model.active_adapters)}", "Have one active, and name it default.")
-    config, plain = model.peft_config["default"], LoraConfig()
+    config, usual = model.peft_config["default"], LoraConfig()
     if not isinstance(config, LoraConfig):
         raise _refused(f"an adapter of the kind {config.peft_type}", _LORA)
     head = bool(head_of(model.get_base_model()))
     special = [
         f"{field}={value!r}"
         for field, value in vars(config).items()
-        if field not in _FREE and value != getattr(plain, field, None) and not (head and field == "modules_to_save")
+        if field not in _FREE and value != getattr(usual, field, None) and not (head and field == "modules_to_save")
     ]
     if config.init_lora_weights not in (True, "gaussian"):
         special.append(f"init_lora_weights={config.init_lora_weights!r}")

@@ -74,6 +74,8 @@ class Callback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Adds a plan that is given, and puts factors that TRL has rounded to bfloat16 back to float32."""
+        if self._trainer is not None:  # adding penalties has an event come again
+            return
         trainer = self._host()
         if self.plan is not None:
             self._attach(trainer, self.plan)
@@ -83,16 +85,14 @@ class Callback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Makes the plan, or loads that of the checkpoint, and adds it to the trainer."""
-        if self._started:  # adding penalties has this event come again
-            return
-        self._started = time.perf_counter()
         trainer = self._trainer or self._host()
         saved = result_folder(trainer) / "plan"
         plan = self.plan or (Plan.load(saved) if state.global_step else self._made(trainer))
         if self._trainer is None:
             self._attach(trainer, plan)
-        if state.is_world_process_zero:
+        if not self._started and state.is_world_process_zero:
             plan.save(saved)
+        self._started = self._started or time.perf_counter()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Exports, checks and reports; what penalties hold has been said."""
