@@ -303,6 +303,7 @@ class PenaltyState(TrainerCallback, ExportableState):
             optimizer.register_step_pre_hook(lambda *_: self.check("an optimiser step", steps=True))
             self._optimizer = optimizer
         if state.global_step == 0:
+            state.stateful_callbacks[type(self).__name__] = self.state()  # it may be added as training begins
             return
         kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes")
         if kept is None or kept.get("plan", self._key) != self._key:
