@@ -142,7 +142,7 @@ def test_a_budget_is_held_and_without_the_callback_it_is_not(checkpointing: bool
     (row,) = [row for row in curve(held) if "held_out/kl" in row]
     free = trained(own(), tmp_path, callbacks=[], **extra)
     assert one.plan is not None
-    assert row["held_out/kl"] < 0.03
+    assert row["held_out/kl"] < 0.04
     assert row["held_out/kl"] == pytest.approx(lost(held.model, one.plan), rel=1e-4)
     assert lost(free.model, one.plan) > 0.1
     assert min(r["loss"] for r in curve(held) if "loss" in r) < 0.7 * curve(held)[0]["loss"], "it learns"
@@ -206,6 +206,7 @@ def tiny_plan() -> Plan:
     return keeptune.plan(load_model(MODEL), TOKENIZER, Lora(rank=2), options=PlanOptions(layers=[0]))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 @pytest.mark.parametrize(
     ("model", "told"),
     [
@@ -263,6 +264,7 @@ def test_a_loop_that_steps_or_clips_without_penalties_is_stopped_before_anything
                 return super()._inner_training_loop(*args, **kwargs)
             self.create_optimizer_and_scheduler(1)
             self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            self.current_gradient_accumulation_steps = 1
             inputs = next(iter(self.get_train_dataloader()))
             if where == "no step":
                 super().training_step(self.model, inputs)
@@ -299,7 +301,7 @@ def test_a_trainer_that_has_started_is_refused(late: str, tmp_path: Path) -> Non
 
 
 def test_a_trainer_has_one(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="got two of them in one trainer"):
+    with pytest.raises(TrainError, match="got two of them, wanted one"):
         trained(own(), tmp_path, callbacks=[callback(), callback()])
     plan = tiny_plan()
     made = plain_trainer(tuned(plan), tmp_path, callbacks=[])
@@ -307,5 +309,5 @@ def test_a_trainer_has_one(tmp_path: Path) -> None:
     made.add_callback(callback())
     with pytest.raises(TrainError, match=r"got a trainer with keeptune\.attach.*Callback\(plan=plan\)"):
         made.train()
-    with pytest.raises(TrainError, match="got two of them in one trainer"):
+    with pytest.raises(TrainError, match="got two of them, wanted one"):
         Trainer(own(), made.args, callbacks=[callback(), callback()])
