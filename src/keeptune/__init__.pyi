@@ -27,7 +27,7 @@ from .statistics.covariance import InputCovariance as InputCovariance
 from .statistics.layer_effect import LayerEffect as LayerEffect
 from .statistics.neuron_attribution import NeuronAttribution as NeuronAttribution
 from .statistics.self_generated import SelfGeneration as SelfGeneration
-from .studies.node_selections import chosen_rows as chosen_rows
+from .studies.overlap import chosen_rows as chosen_rows
 from .studies.trace import trace as trace
 from .training.attach import attach as attach
 from .training.guard import Guard as Guard
