@@ -57,7 +57,11 @@ def _trained(folder: Path, evaluations: Evaluations | None, **extra: Any) -> tup
 
 def _script(*forgotten: float) -> Any:
     left = list(forgotten)
-    return lambda: {"facts": float(torch.rand(1)), "forgetting": left.pop(0), "learned": 1.0 - len(left) / 10}
+    return lambda: {
+        "eval_facts": float(torch.rand(1)),
+        "eval_forgetting": left.pop(0),
+        "eval_learned": 1.0 - len(left) / 10,
+    }
 
 
 def test_training_is_the_same_with_evaluations_and_ends_as_it_was_where_too_much_was_lost(tmp_path: Path) -> None:
@@ -80,6 +84,6 @@ def test_training_is_the_same_with_evaluations_and_ends_as_it_was_where_too_much
     [((0.5,), r"0\.5 lost at step 2, wanted an evaluation at which at most 0\.02"), ((), "scores 0")],
 )
 def test_where_nothing_is_within_the_limit_it_is_said(script: Any, told: str, tmp_path: Path) -> None:
-    score = _script(*script) if script else lambda: {"facts": 0.0}
+    score = _script(*script) if script else lambda: {"eval_facts": 0.0}
     with pytest.raises(TrainError, match=told):
         _trained(tmp_path, Evaluations(score, 0.02))

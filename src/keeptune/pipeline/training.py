@@ -68,7 +68,6 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     beside = Beside(task.stm_threshold, evaluations)
     rows = train(tuned, plan, job.tokenizer, job.trained_examples, config, job.loss or "nll", beside)
     loss, scored = [row for row in rows if "loss" in row], evaluated(rows)
-    best = None if evaluations is None else evaluations.best(scored)
     stm = {} if task.stm_threshold is None else read_json(Path(config.output_dir) / STM)
     own = job.loss is not None and job.loss.reads == "own texts"  # which change: so may the loss, which is none of data
     diverged = None if own else divergence([row.get("nll", row["loss"]) for row in loss])
@@ -78,11 +77,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
         notes.append(
             f"stm: {stm['masked']} of {stm['tokens']} tokens are not learned, {stm['masked'] / stm['tokens']:.1%}"
         )
-    if best is not None:
-        notes.append(
-            f"stop_at_loss {job.recipe.stop_at_loss:g}: the state of step {best['step']:.0f} is kept, at which "
-            f"{best['eval_forgetting']:.2g} was lost; it was chosen by the benchmarks' own scores"
-        )
+    notes += [] if evaluations is None else evaluations.notes(scored)
     for note in notes:
         if note not in verdicts:  # which training has said
             _log.info("train: %s", note)

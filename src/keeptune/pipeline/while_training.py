@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from keeptune.core.artefact import content_key
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.plan import Plan
+from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import KeptAnswers, ModelPair, TwoModels
 from keeptune.evaluation.results import BenchmarkResult, trade_off
@@ -48,31 +49,35 @@ def evaluations_of(job: Job, plan: Plan, tuned: Any) -> Evaluations | None:
     """Returns what is scored while an installed model trains; None where the recipe asks for nothing."""
     if job.recipe.training.get("eval_strategy", "no") == "no":
         return None
-    kept = KeptAnswers(job.output / "base-answers", content_key([job.base_fingerprint, job.device]))
+    score = scores(tuned, plan, job.tokenizer, job.recipe.evaluate, base=job.base, folder=job.output)
+    return Evaluations(score, job.recipe.stop_at_loss)
+
+
+def scores(
+    tuned: Any, plan: Plan, tokenizer: Any, benchmarks: Sequence[Benchmark], *, base: Callable[[], Any], folder: Path
+) -> Callable[[], dict[str, float]]:
+    """Returns a function that scores a model in training; the base's answers are kept in a folder."""
+    inner = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
+    kept = KeptAnswers(folder / "base-answers", content_key([plan.provenance, str(inner.device), str(inner.dtype)]))
 
     @cache
     def pair() -> ModelPair:
-        if isinstance(tuned, PeftModel) and job.head is None and not any(map(plan.peft.get, _BESIDE)):
-            return InTraining(tuned, plan)
-        return TwoModels(job.base(), tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned)
+        alone = inner is not tuned and not any(map(plan.peft.get, _BESIDE))
+        return InTraining(tuned, plan) if alone else TwoModels(base(), inner)
 
-    def score() -> dict[str, float]:
-        return metrics_of([evaluate(pair(), job.tokenizer, b, Path(), kept=kept) for b in job.recipe.evaluate])
-
-    return Evaluations(score, job.recipe.stop_at_loss)
+    return lambda: metrics_of([evaluate(pair(), tokenizer, one, Path(), kept=kept) for one in benchmarks])
 
 
 def metrics_of(results: Sequence[BenchmarkResult]) -> dict[str, float]:
     """Returns the metrics of an evaluation: each benchmark's score and KL to the base, and what they come to.
 
-    ``forgetting`` is ``1 - K``; ``learned`` the mean score of the task benchmarks that are shares, else of the others
-    in nats, negative, so that more is better.
+    ``eval_forgetting`` is ``1 - K``; ``eval_learned`` the mean score of the task benchmarks that are shares, else of
+    the others in nats, negative, so that more is better.
     """
-    metrics = {result.name: result.after for result in results}
-    metrics |= {f"{result.name}_kl_to_base": result.kl_to_base for result in results if result.kl_to_base is not None}
+    metrics = {f"eval_{one.name}": one.after for one in results}
+    metrics |= {f"eval_{one.name}_kl_to_base": one.kl_to_base for one in results if one.kl_to_base is not None}
     forgetting = trade_off(results)["average_forgetting"]
-    if forgetting is not None:
-        metrics[FORGETTING] = forgetting
-    tasks = [result for result in results if result.role == "task"]
+    tasks = [one for one in results if one.role == "task"]
     learned = [one.after for one in tasks if not lower_is_better(one.metric)] or [-one.after for one in tasks]
+    metrics |= {} if forgetting is None else {FORGETTING: forgetting}
     return metrics | ({LEARNED: math.fsum(learned) / len(learned)} if learned else {})

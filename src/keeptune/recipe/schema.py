@@ -147,19 +147,12 @@ def _check_evaluations(recipe: Recipe, where: str) -> None:
     """Refuses evaluations while training that have nothing to evaluate."""
     stop, evaluated = recipe.stop_at_loss is not None, recipe.training.get("eval_strategy", "no") != "no"
     known = [one for one in recipe.evaluate if one.role == "knowledge" or not stop]
-    if evaluated and not known:
+    if (evaluated and not known) or (stop and not evaluated):
         raise RecipeError(
             f"{where}, key {'stop_at_loss' if stop else 'train.eval_strategy'}",
-            got=f"no benchmark{' of role knowledge' * stop} in `evaluate`",
-            wanted="one at least, which is scored while training",
-            next_step="Add for example `evaluate: [{name: triviaqa, examples: 100}]`.",
-        )
-    if stop and not evaluated:
-        raise RecipeError(
-            f"{where}, key stop_at_loss",
-            got="train.eval_strategy: no",
-            wanted="steps or epoch: when benchmarks are scored",
-            next_step="Leave eval_strategy out.",
+            got=f"no benchmark{' of role knowledge' * stop} in `evaluate`" if evaluated else "train.eval_strategy: no",
+            wanted="evaluations while training, of one benchmark at least",
+            next_step="Add for example `evaluate: [{name: triviaqa, examples: 100}]`, with train.eval_strategy: steps.",
         )
 
 

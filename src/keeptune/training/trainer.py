@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from keeptune.adapter.special_layers import biases_are_no_shards
@@ -25,7 +26,7 @@ from keeptune.model.head import refuse_unknown_tokens, sequence_losses
 from keeptune.training.arguments import example_length
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, go_on, last_complete_checkpoint
-from keeptune.training.evaluations import Evaluations, add_evaluations, evaluated, without_data
+from keeptune.training.evaluations import Evaluations, add_evaluations, evaluated
 from keeptune.training.last_steps import fill_last_steps
 from keeptune.training.losses.base import TaskLoss, loss_named
 from keeptune.training.losses.sdft import Sdft
@@ -43,14 +44,9 @@ _CURVE = ("step", "loss", "nll", "learning_rate", "penalty", "penalty_grad_norm"
 
 @dataclass(frozen=True)
 class Beside:
-    """What training has beside a task and its loss.
+    """What training has beside a task and its loss."""
 
-    Args:
-        stm_threshold: The highest perplexity of a token that is learned (:func:`keeptune.training.stm.stm`).
-        evaluations: What is scored while training; None leaves evaluations to the trainer.
-    """
-
-    stm_threshold: float | None = None
+    stm_threshold: float | None = None  # the highest perplexity of a token that is learned (training/stm.py)
     evaluations: Evaluations | None = None
 
 
@@ -137,9 +133,12 @@ def _trainer(
     if isinstance(loss, Sdft):
         kind, parts = sdft_trainer, {"loss": loss, "examples": examples}
     shard_anywhere(config)
+    strategy = config.eval_strategy
+    if beside.evaluations is not None:  # benchmarks have their own data
+        config.eval_strategy = IntervalStrategy.NO
     config._n_gpu = min(config.n_gpu, 1)  # else Trainer copies the model to all GPUs that it sees (nn.DataParallel)
     try:
-        with explain_full_disk(Path(config.output_dir)), without_data(config):
+        with explain_full_disk(Path(config.output_dir)):
             trainer = kind(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **parts)
     except (TypeError, ValueError) as error:
         name = "Trainer" if kind is Trainer else f"TRL's {type(config).__name__.removesuffix('Config')}Trainer"
@@ -149,6 +148,7 @@ def _trainer(
     shard_blocks(trainer, plan)
     attach(trainer, plan, "nll" if isinstance(loss, Sdft) else loss)
     if beside.evaluations is not None:
+        trainer.args.eval_strategy = strategy
         add_evaluations(trainer, beside.evaluations)
     if judged:
         refer(trainer)
