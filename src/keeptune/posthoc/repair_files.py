@@ -69,7 +69,11 @@ def read_files(adapter: str, files: Files) -> RepairData:
         RecipeError: A template is missing.
         DataError: A file is missing or malformed, lacks a field, or overlaps a benchmark.
     """
-    run = _recipe_of(Path(adapter).expanduser())
+    run: Mapping[str, Any] = {}
+    path = Path(adapter).expanduser()
+    for folder in (path.parent, path):  # of a run, or in one
+        if (folder / "recipe.json").is_file() and (folder / "plan").is_dir():
+            run = read_json(folder / "recipe.json")
     used, sets, task = [], [], None
     for section in _sections(run.get("knowledge"), files):
         rows, part = _knowledge(section, files)
@@ -83,14 +87,6 @@ def read_files(adapter: str, files: Files) -> RepairData:
     for benchmark in benchmarks:
         refuse_used(used, benchmark)
     return RepairData(tuple(sets) or None, task, benchmarks)
-
-
-def _recipe_of(adapter: Path) -> Mapping[str, Any]:
-    """Reads the recipe of a run folder, or of the one that an adapter is in."""
-    for folder in (adapter, adapter.parent):
-        if (folder / "recipe.json").is_file() and (folder / "plan").is_dir():
-            return dict(read_json(folder / "recipe.json"))
-    return {}
 
 
 def _sections(own: Any, files: Files) -> list[Mapping[str, Any]]:

@@ -25,7 +25,7 @@ from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_tokenizer
 from keeptune.model.runner import Runner
 from keeptune.pipeline.scoring import result_fingerprint
-from keeptune.pipeline.trained_changes import Change, TrainedModel
+from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.posthoc.repair_equations import Curve, damped, directions, output_energy, solution, white_like
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.covariance import InputCovariance
@@ -70,7 +70,11 @@ class FactoredModel:
         for target, _, change in trained.changes():
             if change is None:
                 continue
-            factors = _factors(change)
+            if isinstance(change, LowRank):
+                factors = change.to(torch.float32, "cpu")
+            else:  # of full size: the identity on its longer side
+                W, (m, n) = change.to("cpu", torch.float32), change.shape
+                factors = LowRank(W, torch.eye(n)) if m >= n else LowRank(torch.eye(m), W)
             if not factors.is_zero:
                 changes[target.name] = factors
                 exact |= {target.name} if isinstance(change, LowRank) else set()
@@ -99,15 +103,6 @@ class FactoredModel:
         stored = _tensors_in(self.trained.folder) if heads else ()
         named = ((key.removeprefix("base_model.model."), value) for key, value in stored)
         return {name: value.float() for name, value in named if name.startswith(heads)}
-
-
-def _factors(change: Change) -> LowRank:
-    """Returns a change as a product, float32 on the CPU; one without factors has the identity on its longer side."""
-    if isinstance(change, LowRank):
-        return change.to(torch.float32, "cpu")
-    whole = change.to("cpu", torch.float32)
-    m, n = whole.shape
-    return LowRank(whole, torch.eye(n)) if m >= n else LowRank(torch.eye(m), whole)
 
 
 def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
