@@ -14,10 +14,12 @@ from .core.plan import Plan as Plan
 from .evaluation.benchmarks import FileBenchmark as FileBenchmark
 from .evaluation.model_pairs import AdapterPair as AdapterPair
 from .evaluation.model_pairs import TwoModels as TwoModels
+from .experiments.gate import compare_served as compare_served
 from .hosts.callback import Callback as Callback
 from .pipeline.gguf_export import GgufOptions as GgufOptions
 from .pipeline.gguf_export import export_gguf as export_gguf
 from .pipeline.planning import PlanOptions as PlanOptions
+from .pipeline.push import push as push
 from .posthoc.repair import Repair as Repair
 from .posthoc.repair import repair as repair
 from .posthoc.weighted_merge import Merging as Merging

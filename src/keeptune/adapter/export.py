@@ -255,7 +255,7 @@ def _describe(fresh: Path, plan: Plan, base: Base, done: Exported, labels: Seque
 def verdict_on(adapter: Path) -> VllmVerdict:
     """Returns what vLLM's loader makes of an adapter's files."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        return vllm_verdict(read_json(adapter / "adapter_config.json"), tensors.keys())
+        return vllm_verdict(read_json(adapter / "adapter_config.json"), list(tensors.keys()))
 
 
 def _no_original(folder: Path | str, name: str, note: str) -> ExportError:

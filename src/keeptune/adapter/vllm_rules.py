@@ -7,7 +7,7 @@ Of the config: ``PEFTHelper.validate_legal`` in ``vllm/lora/peft_helper.py``, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class VllmVerdict:
         return ", ".join([f"{VLLM} serves this with --max-lora-rank {self.max_lora_rank}", *self.conditions])
 
 
-def vllm_verdict(config: Mapping[str, Any], names: Iterable[str]) -> VllmVerdict:
+def vllm_verdict(config: Mapping[str, Any], names: Collection[str]) -> VllmVerdict:
     """Judges an adapter by the rules of vLLM 0.33.0 (``vllm/lora/peft_helper.py``, ``vllm/config/lora.py``).
 
     ``use_rslora`` is taken (alpha / sqrt(r)); ``rank_pattern`` and ``alpha_pattern`` are from 0.32.0 on, and earlier
@@ -53,56 +53,47 @@ def vllm_verdict(config: Mapping[str, Any], names: Iterable[str]) -> VllmVerdict
     missing = [f"no {key} in its config" for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing or config.get("peft_type", "LORA") != "LORA":
         return VllmVerdict(0, (*missing[:1],) or (f"an adapter of type {config['peft_type']}",))
-    refused = [*_refused_fields(config), *_refused_names(names := list(names))]
-    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    ranks, start = [config["r"], *(config.get("rank_pattern") or {}).values()], config.get("init_lora_weights", True)
     served = next((rank for rank in SERVED_RANKS if rank >= max(ranks)), 0)
-    if min(ranks) < 1:
-        refused.append("a rank that is not positive")
-    if not served:
-        refused.append(f"rank {max(ranks)}, above {SERVED_RANKS[-1]}, the largest --max-lora-rank")
-    conditions = []
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        conditions.append("from 0.32.0 on (earlier ones ignore rank_pattern and alpha_pattern: other answers)")
-    if config.get("modules_to_save"):
-        conditions.append("where the served model is a classifier with a head to replace")
-    if any(_module(name).rsplit(".", 1)[-1] in _EMBEDDINGS for name in names):
-        conditions.append("where its class of this model has LoRA for embed_tokens and lm_head (embedding_modules)")
-    return VllmVerdict(0 if refused else served, tuple(refused), tuple(conditions))
+    saved = [name for name in config.get("modules_to_save") or () if name not in _HEADS]
+    refused = {
+        **{f"{key}: {config.get(key)}": bool(config.get(key)) for key in _REFUSED},
+        f"bias: {config.get('bias')}": config.get("bias", "none") != "none",
+        f"modules_to_save: {', '.join(saved)}": bool(saved),
+        f"init_lora_weights: {start}, which rewrites the base as PEFT loads it": (
+            isinstance(start, str) and start.lower() not in _PLAIN_STARTS
+        ),
+        "target_parameters: adapters of fused experts are read in forms that differ by architecture (vLLM #52194)": (
+            bool(config.get("target_parameters"))
+        ),
+        "a rank that is not positive": min(ranks) < 1,
+        f"rank {max(ranks)}, above {SERVED_RANKS[-1]}, the largest --max-lora-rank": not served,
+        **{_wrong(name): True for name in names},
+    }
+    conditions = {
+        "from 0.32.0 on (earlier ones ignore rank_pattern and alpha_pattern: other answers)": (
+            bool(config.get("rank_pattern") or config.get("alpha_pattern"))
+        ),
+        "where the served model is a classifier with a head to replace": bool(config.get("modules_to_save")),
+        "where its class of this model has LoRA for embed_tokens and lm_head (embedding_modules)": any(
+            _module(name) in _EMBEDDINGS for name in names
+        ),
+    }
+    why = tuple(words for words, holds in refused.items() if holds and words)
+    return VllmVerdict(0 if why else served, why, tuple(words for words, holds in conditions.items() if holds))
 
 
-def _refused_fields(config: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"{key}: {config[key]}" for key in _REFUSED if config.get(key))
-    if config.get("bias", "none") != "none":
-        yield f"bias: {config['bias']}"
-    modules = [name for name in config.get("modules_to_save") or () if name not in _HEADS]
-    if modules:
-        yield f"modules_to_save: {', '.join(modules)}"
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
-        yield f"init_lora_weights: {start}, which rewrites the base as PEFT loads it"
-    if config.get("target_parameters"):
-        yield "target_parameters: adapters of fused experts are read in forms that differ by architecture (vLLM #52194)"
-
-
-def _refused_names(names: Iterable[str]) -> Iterator[str]:
-    """Yields what is wrong with tensors, one of each kind."""
-    seen = set()
-    for name in names:
-        parts = name.split(".")
-        module = _module(name).rsplit(".", 1)[-1]
-        if name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
-            continue
-        if parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
-            wrong = "" if module in _EMBEDDINGS else f"LoRA on the embedding {module}"
-        else:
-            factors = parts[-1] == "weight" and parts[-2:-1] in (["lora_A"], ["lora_B"])
-            head = parts[-1] in ("weight", "bias") and parts[-2:-1] in [[name] for name in _HEADS]
-            wrong = "" if factors or head else f"a tensor that is none of a LoRA's: {'.'.join(parts[-2:])}"
-        if wrong and wrong not in seen:
-            seen.add(wrong)
-            yield wrong
+def _wrong(name: str) -> str:
+    """Returns what is wrong with a tensor, empty where nothing is."""
+    *_, module, part = ["", *name.split(".")]
+    if name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
+        return ""
+    if part in ("lora_embedding_A", "lora_embedding_B"):
+        return "" if module in _EMBEDDINGS else f"LoRA on the embedding {module}"
+    fits = (part == "weight" and module in ("lora_A", "lora_B")) or (part in ("weight", "bias") and module in _HEADS)
+    return "" if fits else f"a tensor that is none of a LoRA's: {module}.{part}"
 
 
 def _module(name: str) -> str:
-    """Returns the module that a tensor of an adapter belongs to."""
-    return name.removeprefix("base_model.model.").partition(".lora_")[0]
+    """Returns the last name of the module that a tensor of an adapter belongs to."""
+    return name.partition(".lora_")[0].rsplit(".", 1)[-1]

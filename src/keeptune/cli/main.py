@@ -15,7 +15,7 @@ from typer import echo
 
 from keeptune.cli import compare, dry_run, launch, serving, show_data, store_commands, studies
 from keeptune.cli.repair import check, repair
-from keeptune.cli.share import merge
+from keeptune.cli.share import compare_served, merge, push
 from keeptune.cli.shared import (
     OVERRIDES,
     AsJson,
@@ -167,7 +167,17 @@ for _with_recipe in (
     studies.overlap,
 ):
     app.command(context_settings=OVERRIDES)(_with_recipe)
-for _with_options in (studies.change, studies.curvature, studies.energy, repair, check, merge, studies.trace):
+for _with_options in (
+    studies.change,
+    studies.curvature,
+    studies.energy,
+    repair,
+    check,
+    merge,
+    push,
+    compare_served,
+    studies.trace,
+):
     app.command()(_with_options)
 
 

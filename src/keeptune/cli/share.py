@@ -1,4 +1,4 @@
-"""Commands on finished adapters: merge."""
+"""Commands that take a finished adapter further: merge, push, compare-served."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from typer import echo
 
 from keeptune.cli.shared import Base, Dtype, numbers_in
@@ -57,3 +58,37 @@ def merge(
     gap = merge_adapter(Path(adapters[0]), folder, base=base, dtype=dtype, original=original)
     echo(f"merged model in {folder}; largest difference in logits {gap:.1e}")
     return {"folder": str(folder), "gap": gap}
+
+
+def push(
+    run: Annotated[str, typer.Argument(help="A run folder, or an adapter of keeptune.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="The repository, org/name.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base on the hub, org/name or org/name@revision.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and print the card.")] = False,
+) -> Any:
+    """Upload an adapter to the hub, with a card that says what was kept and lost."""
+    from keeptune.pipeline.push import push as push_to_hub
+
+    done = push_to_hub(run, repo, base=base, private=private, dry=dry)
+    for name, size in done["files"].items():
+        echo(f"{size:>12,} {name}")
+    echo(f"\n{done['card']}\nnot uploaded (--dry-run) to {repo}" if dry else f"uploaded: {done['url']}")
+    return done
+
+
+def compare_served(
+    url: Annotated[str, typer.Argument(help="Address of the server of the tuned model.", show_default=False)],
+    base_url: Annotated[str, typer.Option(help="Address of the server of the base; it may be the same.")],
+    suite: Annotated[Path, typer.Option(help="A YAML file with an `evaluate` list, as a recipe has.")],
+    model: Annotated[str | None, typer.Option(help="The tuned model's name there; default: the only one.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The base's name there; default: the only one.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id; default: the base's name.")] = None,
+) -> Any:
+    """Score two running OpenAI-compatible servers on the same items: what was lost as served."""
+    from keeptune.experiments.gate import compare_served as compare
+    from keeptune.report.tables.analyses import print_check
+
+    record = compare(url, base_url, suite, model=model, base_model=base_model, tokenizer=tokenizer)
+    print_check(record, Console())
+    return record

@@ -134,35 +134,18 @@ class _Scorer:
                 ends=ends_of_turns(self.chat),
             ),
         )
-        if thought:
-            texts = {
-                side: [cut_at(text.split(thought)[-1].lstrip(), benchmark.stops) for text in own]
-                for side, own in texts.items()
-            }
-        records: _Records = []
-        for at, (item, tokens) in enumerate(zip(self.items, prompts, strict=True)):
-            own = {side: texts[side][at] for side in SIDES}
-            matches = {side: exact_match(own[side], item.answers, normalise=benchmark.normalise) for side in SIDES}
-            record = {"prompt": item.prompt, "answers": list(item.answers)}
-            records.append(matches | record | {f"text_{side}": own[side] for side in SIDES} | {"cut": tokens.cut})
-        return records
+        records = generated_records(benchmark, self.items, texts, thought)
+        return [record | {"cut": tokens.cut} for record, tokens in zip(records, prompts, strict=True)]
 
     def chosen(self) -> _Records:
         """Accuracy of the likeliest choice, and of the likeliest per character."""
         sequences = self._encoded(self._choices)
         sums = self._both_sides(sequences, lambda model, passes: log_likelihoods(model, sequences, passes))
-        records, place = [], 0
-        for item in self.items:
+        records, place = chosen_records(self.items, sums), 0
+        for item, record in zip(self.items, records, strict=True):
             end = place + len(item.choices)
-            record: dict[str, Any] = {"label": item.label, "choices": list(item.choices)}
-            for side in SIDES:
-                own = sums[side][place:end]
-                rates = [value / max(len(text), 1) for value, text in zip(own, item.choices, strict=True)]
-                record[side] = float(own.index(max(own)) == item.label)
-                record[f"acc_norm_{side}"] = float(rates.index(max(rates)) == item.label)
-                record[f"loglikelihoods_{side}"] = list(own)
             record["cut"] = any(tokens.cut for tokens in sequences[place:end])
-            records.append(record | (_rewards(record) if self.benchmark.metric == "reward_accuracy" else {}))
+            record |= _rewards(record) if self.benchmark.metric == "reward_accuracy" else {}
             place = end
         return records
 
@@ -286,6 +269,38 @@ class _Scorer:
         if cut:
             _LOG.warning("%s: %d of %d sequences were cut to %d tokens.", where, cut, len(sequences), limit)
         return sequences
+
+
+def generated_records(
+    benchmark: FileBenchmark, items: Sequence[Item], texts: Mapping[Side, Sequence[str]], thought: str | None
+) -> _Records:
+    """Returns the record of each item: its answers before and after (behind a thought), and whether they are right."""
+    records: _Records = []
+    for at, item in enumerate(items):
+        own = {side: texts[side][at] for side in SIDES}
+        if thought:
+            own = {side: cut_at(own[side].split(thought)[-1].lstrip(), benchmark.stops) for side in SIDES}
+        matches = {side: exact_match(own[side], item.answers, normalise=benchmark.normalise) for side in SIDES}
+        record = {"prompt": item.prompt, "answers": list(item.answers)}
+        records.append(matches | record | {f"text_{side}": own[side] for side in SIDES})
+    return records
+
+
+def chosen_records(items: Sequence[Item], sums: Mapping[Side, Sequence[float]]) -> _Records:
+    """Returns the record of each item: the log-likelihoods of its choices, and whether the likeliest is right."""
+    records, place = [], 0
+    for item in items:
+        end = place + len(item.choices)
+        record: dict[str, Any] = {"label": item.label, "choices": list(item.choices)}
+        for side in SIDES:
+            own = sums[side][place:end]
+            rates = [value / max(len(text), 1) for value, text in zip(own, item.choices, strict=True)]
+            record[side] = float(own.index(max(own)) == item.label)
+            record[f"acc_norm_{side}"] = float(rates.index(max(rates)) == item.label)
+            record[f"loglikelihoods_{side}"] = list(own)
+        records.append(record)
+        place = end
+    return records
 
 
 def _rewards(record: Mapping[str, Any]) -> dict[str, float]:

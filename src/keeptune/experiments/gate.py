@@ -25,7 +25,9 @@ from keeptune.evaluation.benchmark_data import data_fingerprint
 from keeptune.evaluation.benchmarks import FileBenchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.items import load_items
-from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
+from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, Side, TwoModels
+from keeptune.evaluation.results import BenchmarkResult
+from keeptune.evaluation.served import Server, score_served
 from keeptune.experiments.choice import limits_of
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import load_tokenizer
@@ -82,11 +84,9 @@ def check(
     rows = []
     for benchmark in benchmarks:
         result = evaluate(pair, tokenizer, benchmark, Path(), seed=seed)
-        sign = 1.0 if lower_is_better(result.metric) else -1.0
-        low, high = sorted(sign * end + 0.0 for end in result.interval)  # 0 has no sign
-        loss, limit = sign * (result.after - result.before) + 0.0, limits.get(benchmark.name)
-        lost = limit is not None and {"mean": loss, "lower": low, "upper": high}[estimate] > limit
-        judged = {"loss": loss, "loss_interval": [low, high], "limit": limit, "lost": lost}
+        (loss, ends), limit = _loss(result), limits.get(benchmark.name)
+        lost = limit is not None and {"mean": loss, "lower": ends[0], "upper": ends[1]}[estimate] > limit
+        judged = {"loss": loss, "loss_interval": ends, "limit": limit, "lost": lost}
         rows.append(result.summary() | judged)
         _log.info("check %s: %.4f before, %.4f after", result.name, result.before, result.after)
     record = {
@@ -109,3 +109,49 @@ def _pair(trained: TrainedModel) -> ModelPair:
     if getattr(model.active_peft_config, "bias", "none") == "none":
         return AdapterPair(model)
     return TwoModels(trained.load_base(), model.get_base_model().eval())  # its biases cannot be switched off
+
+
+def _loss(result: BenchmarkResult) -> tuple[float, list[float]]:
+    """Returns what was lost of a benchmark, and its 95% interval."""
+    sign = 1.0 if lower_is_better(result.metric) else -1.0  # 0 has no sign
+    return sign * (result.after - result.before) + 0.0, sorted(sign * end + 0.0 for end in result.interval)
+
+
+def compare_served(
+    url: str,
+    base_url: str,
+    suite: Path | str,
+    *,
+    model: str | None = None,
+    base_model: str | None = None,
+    tokenizer: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores two running OpenAI-compatible servers on the same items, through lm-eval's API models.
+
+    Args:
+        url: Address of the server of the tuned model.
+        base_url: Address of the server of the base; the same one may serve both.
+        suite: A YAML file with an ``evaluate`` list as a recipe has it; a recipe is one.
+        model: The tuned model's name at its server; None takes the only one there.
+        base_model: The base's.
+        tokenizer: Folder or hub id of the tokenizer of both; None takes the base's name.
+        seed: Of the bootstrap intervals.
+
+    Returns:
+        Of each benchmark its summary with ``loss`` and ``loss_interval``, and which servers answered.
+
+    Raises:
+        RecipeError: The suite is wrong, or a benchmark in it is of a kind that servers do not answer.
+        ModelError: A server does not answer, has other tokens, or gives no log-probabilities where they are needed.
+    """
+    benchmarks = load_suite(suite)
+    servers: dict[Side, Server] = {"before": Server.at(base_url, base_model), "after": Server.at(url, model)}
+    own = load_tokenizer(tokenizer or servers["before"].model)
+    rows = []
+    for benchmark in benchmarks:
+        result = score_served(servers, own, benchmark, seed=seed)
+        loss, ends = _loss(result)
+        rows.append(result.summary() | {"loss": loss, "loss_interval": ends})
+    asked: dict[str, Any] = {side: {"url": one.url, "model": one.model} for side, one in servers.items()}
+    return dict(json.loads(canonical_json(asked | {"suite": str(suite), "benchmarks": rows})))

@@ -101,14 +101,32 @@ def score_named(
             answers = kept if side == "before" else None
             with scoring(pair, side) as model, restored_model(model, ends_of_turns(chat)):
                 wrapped = wrapped_model(model, tokenizer, benchmark, length=length, kept=answers, chat=chat)
-                samples[side] = _samples(wrapped, benchmark, built, chat=chat is not None)
+                samples[side] = samples_of(wrapped, benchmark, built, chat=chat is not None)
         first, second = samples["before"], samples["after"]
-        assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
-        records = [_record(index, *both, tokenizer) for index, both in enumerate(zip(first, second, strict=True))]
+        records = records_of(first, second, tokenizer)
         if benchmark.role == "task" and (benchmark.how is None or benchmark.how.protocol is None):
             encoder = Encoder(tokenizer, length, templated=chat is not None)
             right = [encoder.answer(*_right(sample, chat=chat is not None)) for sample in first]
             add_divergence(pair, records, right, Passes(benchmark.batch_size, pad_id_of(tokenizer), benchmark.where))
+    return compared(benchmark, records, first, second, chat=chat is not None, seed=seed)
+
+
+def records_of(first: list[_Sample], second: list[_Sample], tokenizer: Any) -> list[dict[str, Any]]:
+    """Returns the record of each item, from the samples before and after."""
+    assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
+    return [_record(index, *both, tokenizer) for index, both in enumerate(zip(first, second, strict=True))]
+
+
+def compared(
+    benchmark: NamedBenchmark,
+    records: list[dict[str, Any]],
+    first: list[_Sample],
+    second: list[_Sample],
+    *,
+    chat: bool,
+    seed: int,
+) -> BenchmarkResult:
+    """Returns the scores before and after, with the interval of their difference over the items."""
     metric = first[0].metric
     if metric in ("f1", "matthews"):
         truth, before = np.array([sample.value for sample in first]).T
@@ -119,12 +137,11 @@ def score_named(
     else:
         weights = [float(record.get("tokens", record.get("instructions", 1))) for record in records]
         scores = mean_scores(records, weights, seed)
-    return BenchmarkResult(
-        name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, chat=chat is not None, **scores
-    )
+    return BenchmarkResult(name=benchmark.name, role=cast(Role, benchmark.role), metric=metric, chat=chat, **scores)
 
 
-def _samples(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool) -> list[_Sample]:
+def samples_of(model: Any, benchmark: NamedBenchmark, built: Built, *, chat: bool) -> list[_Sample]:
+    """Has lm-eval ask one of its models for the answers."""
     from lm_eval.evaluator import evaluate
 
     # For tasks that sample their answers, and for checks that draw (IFEval's).

@@ -71,7 +71,11 @@ def print_scores(summaries: Sequence[Record], console: Console) -> None:
 
 
 def print_check(record: Record, console: Console) -> None:
-    """Prints what each benchmark of a check lost, with its interval, its limit and the verdict; and the whole one."""
+    """Prints what each benchmark of a check lost, with its interval, its limit and the verdict; and the whole one.
+
+    Of two servers there are no limits, and no verdict.
+    """
+    end = 8 if "passed" in record else 6
     rows = [
         (
             str(item["name"]),
@@ -79,13 +83,15 @@ def print_check(record: Record, console: Console) -> None:
             *(number(item[key]) for key in ("before", "after")),
             f"{item['loss']:+.4f}",
             "[{:+.4f}, {:+.4f}]".format(*item["loss_interval"]),
-            "–" if item["limit"] is None else f"{item['limit']:g}",
-            "LOST" if item["lost"] else "kept",
-        )
+            "–" if item.get("limit") is None else f"{item['limit']:g}",
+            "LOST" if item.get("lost") else "kept",
+        )[:end]
         for item in record["benchmarks"]
     ]
     heads = ("benchmark", "items", "base", "tuned", "lost", "95% interval", "limit", "verdict")
-    console.print(table(heads, rows, ("benchmark", "verdict")))
+    console.print(table(heads[:end], rows, ("benchmark", "verdict")))
+    if "passed" not in record:
+        return
     lost = [item["name"] for item in record["benchmarks"] if item["lost"]]
     words = f"lost more than it may: {', '.join(lost)}" if lost else "nothing lost more than it may"
     say(console, f"{words} (by the {record['estimate']} of the loss)")

@@ -1,0 +1,106 @@
+"""keeptune push: the adapter or model of a run to the hub, with a card that says what was kept and lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token, try_to_load_from_cache
+
+from keeptune.adapter.load import SIDECAR
+from keeptune.core.artefact import read_json, write_text
+from keeptune.core.errors import ExportError, RecipeError
+from keeptune.pipeline.finished import FinishedRun, entry_of
+from keeptune.pipeline.trained_changes import TrainedModel
+from keeptune.report.pages.card import model_card
+
+_OWN_TEXTS = ("README.md", "adapter_config.json", SIDECAR)  # where paths of this machine become names on the hub
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+
+
+def push(
+    source: Path | str, repo: str, *, base: str | None = None, private: bool = False, dry: bool = False
+) -> dict[str, Any]:
+    """Uploads what a run exported, and nothing else of it, to a repository on the hub, which is made where it is not.
+
+    Args:
+        source: A run folder, or an adapter or model that keeptune wrote.
+        repo: ``"org/name"``.
+        base: The base's name on the hub, ``"org/name"`` or ``"org/name@revision"``; None takes what the export names,
+            at the revision in the hub's cache.
+        private: Makes a private repository.
+        dry: Uploads nothing.
+
+    Returns:
+        ``repo``, ``files`` (name to bytes), ``card``, and ``url`` of the commit (None when ``dry``).
+
+    Raises:
+        RecipeError: A name is none of the hub's, a file holds a token, or nobody is logged in.
+        ModelError: The run has exported nothing.
+        ArtefactError: The run's scores are not those of its export.
+        ExportError: The hub cannot be reached, or refuses.
+    """
+    _need_name("keeptune push", repo)
+    trained = TrainedModel.of(str(source), base=None)
+    name, _, revision = (base or trained.base).partition("@")
+    if Path(name).exists():
+        raise RecipeError("--base", got=name, wanted="the base's name on the hub", next_step="Add --base org/name.")
+    _need_name("--base", name)
+    cached = try_to_load_from_cache(name, "config.json")
+    revision = revision or (Path(cached).parent.name if isinstance(cached, str) else "")
+    with tempfile.TemporaryDirectory(prefix="keeptune-") as scratch:
+        staged = Path(scratch)
+        for path in trained.folder.iterdir():
+            if path.is_file() and path.name != "export.json":
+                (staged / path.name).symlink_to(path.resolve())
+        texts = {one: (staged / one).read_text(encoding="utf-8") for one in _OWN_TEXTS if (staged / one).is_file()}
+        if (Path(source) / "plan").is_dir():
+            run = FinishedRun(Path(source))
+            texts["README.md"] = model_card(entry_of(run.folder), read_json(run.result / SIDECAR), run.recipe)
+        for one, text in texts.items():
+            (staged / one).unlink(missing_ok=True)
+            write_text(staged / one, _on_hub(one, text, {str(trained.folder): repo, trained.base: name}, revision))
+        found = {path.name: path.read_bytes() for path in sorted(staged.iterdir())}
+        leaks = [one for one, data in found.items() if not one.endswith(".safetensors") and _TOKEN.search(data)]
+        if leaks:
+            raise RecipeError(leaks[0], got="a token of the hub in it", wanted="none", next_step="Take it out first.")
+        card = found.get("README.md", b"").decode()
+        done: dict[str, Any] = {"repo": repo, "files": {one: len(data) for one, data in found.items()}, "card": card}
+        return done | {"url": None if dry else _upload(staged, repo, private)}
+
+
+def _need_name(where: str, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) or ".." in name or "--" in name:
+        raise RecipeError(where, got=f'"{name}"', wanted='a name on the hub, "org/name"', next_step="Change it.")
+
+
+def _on_hub(file: str, text: str, names: dict[str, str], revision: str) -> str:
+    """Returns a text with names on the hub for paths of this machine, and the revision of the base."""
+    for local, there in names.items():
+        text = text.replace(local, there)
+    base = list(names.values())[-1]
+    if file == "adapter_config.json":
+        return json.dumps(json.loads(text) | {"revision": revision or None}, indent=2) + "\n"
+    return text.replace(f"`{base}`", f"`{base}` at `{revision}`", 1) if revision and file == "README.md" else text
+
+
+def _upload(folder: Path, repo: str, private: bool) -> str:
+    if get_token() is None:
+        next_step = "Run `hf auth login`, or set HF_TOKEN; --dry-run shows what would be uploaded."
+        raise RecipeError("keeptune push", got="nobody logged in", wanted="a token of the hub", next_step=next_step)
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by keeptune")
+    # OSError: no network, offline mode, or the hub's refusal; ValueError: what the hub does not take.
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"push to {repo}",
+            got=" ".join(str(error).split())[:300],
+            wanted="a hub that takes it",
+            next_step="Check the name, the token's rights (`hf auth whoami`), the network and HF_HUB_OFFLINE.",
+        ) from error
+    return str(done.commit_url)
