@@ -86,7 +86,7 @@ def test_the_adapter_and_its_card_are_uploaded_and_nothing_else(finished: Finish
     run = finished("lora")
     done = push(run, "org/tuned", base=f"org/tiny@{REVISION}", private=True)
     made = json.loads(next(body for path, _, body in hub.asked if path == "/api/repos/create"))
-    assert (made["name"], made["private"], made["organization"]) == ("tuned", True, "org")
+    assert (made["name"], made["visibility"], made["organization"]) == ("tuned", "private", "org")
     files = committed(hub)
     tokenizer = [path.name for path in (run / "adapter").iterdir() if path.name not in (*FILES, "export.json")]
     assert sorted(files) == sorted([*FILES, *tokenizer]) == sorted(done["files"])

@@ -93,7 +93,7 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
         raise RecipeError("keeptune push", got="nobody logged in", wanted="a token of the hub", next_step=next_step)
     try:
         api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private or None, exist_ok=True)
         done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by keeptune")
     # OSError: no network, offline mode, or the hub's refusal; ValueError: what the hub does not take.
     except (OSError, ValueError) as error:
