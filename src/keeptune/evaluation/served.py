@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.data.chat_template import ChatTemplate
-from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
-from keeptune.evaluation.chat import asking, end_of_thought, template_of
+from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark, asking, end_of_thought, template_of
 from keeptune.evaluation.harness import chosen_records, generated_records
 from keeptune.evaluation.items import load_items
 from keeptune.evaluation.metrics import cut_at

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import read_json, write_text
 from keeptune.core.errors import ExportError, RecipeError
-from keeptune.pipeline.finished import FinishedRun, entry_of
+from keeptune.pipeline.reporting import FinishedRun, entry_of
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.report.pages.card import model_card
 
