@@ -13,7 +13,8 @@ from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import read_json, write_text
 from keeptune.core.errors import ExportError, RecipeError
-from keeptune.pipeline.reporting import FinishedRun, entry_of
+from keeptune.evaluation.results import trade_off
+from keeptune.pipeline.reporting import FinishedRun
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.report.pages.card import model_card
 
@@ -59,7 +60,9 @@ def push(
         texts = {one: (staged / one).read_text(encoding="utf-8") for one in _OWN_TEXTS if (staged / one).is_file()}
         if (Path(source) / "plan").is_dir():
             run = FinishedRun(Path(source))
-            texts["README.md"] = model_card(entry_of(run.folder), read_json(run.result / SIDECAR), run.recipe)
+            texts["README.md"] = model_card(
+                run.entry | trade_off(run.results), read_json(run.result / SIDECAR), run.recipe
+            )
         for one, text in texts.items():
             (staged / one).unlink(missing_ok=True)
             write_text(staged / one, _on_hub(one, text, {str(trained.folder): repo, trained.base: name}, revision))
