@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from keeptune.core.artefact import write_bytes
 from keeptune.core.bootstrap import paired_interval
 from studies.cells import read_rows
@@ -22,6 +24,7 @@ TASKS = {
 }
 NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 NEAR = 0.02
+ENOUGH = 6  # rows for a correlation
 _HEAD = """# Real language models: what methods forget
 
 Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} cells, {seeds}. bfloat16, one thread of a
@@ -54,7 +57,9 @@ def write_page(out: Path) -> None:
     steps = max(row["recipe"]["train"]["max_steps"] for row in rows)
     parts = [_HEAD.format(cells=len(rows), seeds=f"seed {seeds}", steps=steps)]
     for (model, task), some in groups(rows).items():
-        parts.append(f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}")
+        parts.append(
+            f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}{predicted(some)}"
+        )
     png(picture(rows), out / "real.png")
     write_bytes(out.with_suffix(".md"), "".join(parts).encode())
 
@@ -112,7 +117,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         share, half = forgotten(row)
         scores, seconds = row["scores"], row["seconds"]
-        kl = mean(scores[name]["kl"] for name in ("own-texts", "own-chats") if name in scores)
+        kl = kl_of(row)
         time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain):.2f}" if plain and "train" in seconds else ""
         if row["entry"].startswith(("lora scaled", "repair", "fapm")):
             time = f"+{seconds.get('repair', 0):.0f} s"
@@ -121,6 +126,28 @@ def table(rows: Sequence[Row]) -> str:
         numbers = [f"{scores[task]['after']:.3f}", *changes, f"{share:.1%} ± {half:.1%}", f"{kl:.4f}", time]
         lines.append(line(label, *numbers))
     return "\n".join(lines) + "\n"
+
+
+def kl_of(row: Row) -> float:
+    """The KL to the base on texts that the base wrote itself with another seed: plain ones and chats."""
+    return mean(row["scores"][name]["kl"] for name in ("own-texts", "own-chats") if name in row["scores"])
+
+
+def predicted(rows: Sequence[Row]) -> str:
+    """What the KL on the base's own texts, and that on the task's, say of what was forgotten: Spearman's ρ."""
+    if len(rows) < ENOUGH:
+        return ""
+    lost_nats = [lost(row["scores"]["web"])[0] for row in rows]
+    shares = [forgotten(row)[0] for row in rows]
+    task = [row["scores"][row["task"]].get("kl") for row in rows]
+    own, kinds = [kl_of(row) for row in rows], {"what C4 lost": lost_nats, "forgotten on average": shares}
+    parts = []
+    for name, values in kinds.items():
+        told = f"{spearmanr(own, values).statistic:.2f}"
+        if None not in task:
+            told += f" (of the KL on the task's own items {spearmanr(task, values).statistic:.2f})"
+        parts.append(f"{told} with {name}")
+    return f"\nSpearman's ρ of the KL on the base's own texts over the {len(rows)} rows: {', '.join(parts)}.\n"
 
 
 def difference(score: Row) -> str:
