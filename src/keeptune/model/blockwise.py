@@ -75,9 +75,9 @@ class BlockwiseRunner(Runner):
 
         whole = body(self.model) if loss is None else self.model
         with torch.no_grad(), self._walk(batches, taps.names, whole, title) as walk:
-            forth = Taps(forward={name: taps.forward.get(name, []) for name in walk.outside})
+            forth = Taps({name: taps.inputs.get(name, []) for name in walk.outside})
             walk.start(lambda real: watched(self.model, forth, walk.outside, real))
-            if early := walk.before & taps.with_gradients:
+            if early := walk.before & set(taps.gradients):
                 raise StatisticsError(
                     min(early),
                     got="gradients of a module before the first block, one block at a time",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,6 @@ from keeptune.model.blocks import body, head_of, is_nested
 from keeptune.model.fused_experts import expert_names, watched_experts
 from keeptune.model.head import Loss, summed_loss
 
-# What a sink gets of a module: inputs h (tokens, n), output gradients δ = d loss / d y (tokens, m), both at once, or
-# both and the number of rows of each text.
-PassKind = Literal["forward", "backward", "joint", "texts"]
 Sink = Callable[..., None]
 _Sinks = dict[str, list[Sink]]
 
@@ -32,27 +30,21 @@ class PassEnd(Exception):
 
 @dataclass(frozen=True)
 class Taps:
-    """The sinks of a pass, by the kind of what they get and the module's name."""
+    """The sinks of a pass, by the module's name.
 
-    forward: _Sinks = field(default_factory=dict)
-    backward: _Sinks = field(default_factory=dict)
-    joint: _Sinks = field(default_factory=dict)
-    texts: _Sinks = field(default_factory=dict)
+    Args:
+        inputs: Get input rows h, ``(tokens, n)``.
+        gradients: Get h, the rows of output gradients δ = d loss / d y, ``(tokens, m)``, and a function that counts the
+            rows of each text.
+    """
 
-    def sinks(self, kind: PassKind) -> _Sinks:
-        """Returns the sinks of one kind."""
-        sinks: _Sinks = getattr(self, kind)
-        return sinks
-
-    @property
-    def with_gradients(self) -> set[str]:
-        """The modules whose gradients are wanted."""
-        return {*self.backward, *self.joint, *self.texts}
+    inputs: _Sinks = field(default_factory=dict)
+    gradients: _Sinks = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
         """All modules that are watched."""
-        return {*self.forward, *self.with_gradients}
+        return {*self.inputs, *self.gradients}
 
 
 class RealRows:
@@ -119,19 +111,15 @@ def watched(
 
     def reached(name: str, inputs: Tensor, output: Tensor | None = None) -> None:
         h = real.rows(inputs.detach(), name, "inputs")
-        for sink in taps.forward.get(name, []):
+        for sink in taps.inputs.get(name, []):
             sink(h)
 
         def arrived(gradient: Tensor) -> None:
             delta = real.rows(gradient, name, "gradients")
-            for sink in taps.backward.get(name, []):
-                sink(delta)
-            for sink in taps.joint.get(name, []):
-                sink(h, delta)
-            for sink in taps.texts.get(name, []):
-                sink(h, delta, real.lengths(h, name))
+            for sink in taps.gradients[name]:
+                sink(h, delta, partial(real.lengths, h, name))
 
-        if output is not None and name in taps.with_gradients:
+        if output is not None and name in taps.gradients:
             output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def watch(name: str) -> Callable[..., None]:
@@ -147,7 +135,7 @@ def watched(
         for name in names - experts:
             module = model.get_submodule(name)
             # Where inputs are enough, a pass that ends there need not compute the module.
-            add = module.register_forward_hook if name in taps.with_gradients else module.register_forward_pre_hook
+            add = module.register_forward_hook if name in taps.gradients else module.register_forward_pre_hook
             stack.callback(add(watch(name)).remove)
         yield
 

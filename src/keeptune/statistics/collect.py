@@ -355,7 +355,8 @@ def run_pass(
         sums[request, target] = cache(partial(request.accumulator, target, runner.device, weight))
         # A process without a batch passes one all the same, so that modules are done in one order on all.
         add = partial(_add, sums[request, target]) if own else lambda *_: None
-        taps.sinks(request.kind).setdefault(request.site(target), []).append(add)
+        sinks = taps.inputs if request.loss is None else taps.gradients
+        sinks.setdefault(request.site(target), []).append(add)
 
     def done(names: set[str]) -> None:
         for request, target in [one for one in sums if one[0].site(one[1]) in names]:
@@ -364,11 +365,11 @@ def run_pass(
                 _add_up(total)
             deliver(request, target, total)
         # The sinks hold their sums too.
-        for kind in (taps.forward, taps.backward, taps.joint, taps.texts):
+        for kind in (taps.inputs, taps.gradients):
             for name in names & set(kind):
                 kind[name].clear()
 
-    runner.run(own or batches[:1], taps, need.loss if taps.with_gradients else None, title=title, done=done)
+    runner.run(own or batches[:1], taps, need.loss if taps.gradients else None, title=title, done=done)
 
 
 def _add(total: Callable[[], Accumulator], *rows: Any) -> None:

@@ -22,7 +22,7 @@ its factors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -42,11 +42,12 @@ from keeptune.statistics.request import (
     Accumulator,
     DataRole,
     GradientRequest,
-    PassKind,
     RowRequest,
     RunningMean,
     WeightReader,
 )
+
+_Lengths = Callable[[], Sequence[int]]  # counts the rows of each text
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class GradientCovariance(GradientRequest):
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
         """Returns a sum of ``δ δᵀ``."""
-        return RunningMean((target.out_features, target.out_features), device, add_gram, symmetric)
+        shape = (target.out_features, target.out_features)
+        return RunningMean(shape, device, lambda total, h, delta, lengths: add_gram(total, delta), symmetric)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +137,6 @@ class DirectionVariances(GradientRequest):
     What FARSS's scores need (eq. 14), without ``(n, n)`` and ``(m, m)`` matrices in memory or on disk.
     """
 
-    @property
-    def kind(self) -> PassKind:
-        """Inputs and gradients together."""
-        return "joint"
-
     def numbers(self, target: Target) -> int:
         """Returns that of the directions that are held beside the sum."""
         return target.out_features * target.in_features
@@ -150,7 +147,7 @@ class DirectionVariances(GradientRequest):
         return RunningMean((2, U.shape[1]), device, partial(_add_along, U=U.to(device), Vh=Vh.to(device)))
 
 
-def _add_along(total: Tensor, h: Tensor, delta: Tensor, *, U: Tensor, Vh: Tensor) -> None:
+def _add_along(total: Tensor, h: Tensor, delta: Tensor, _: _Lengths, *, U: Tensor, Vh: Tensor) -> None:
     total[0] += (h.to(Vh) @ Vh.T).square().sum(0)
     total[1] += (delta.to(U) @ U).square().sum(0)
 
@@ -204,26 +201,21 @@ class WeightFisher(GradientRequest):
 
     per: Per = field(default="text", kw_only=True)
 
-    @property
-    def kind(self) -> PassKind:
-        """Which row is of which text too, where texts are squared."""
-        return "texts" if self.per == "text" else "joint"
-
     def numbers(self, target: Target) -> int:
         """Returns ``mn``."""
         return target.out_features * target.in_features
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
         """Returns a sum of squares, products in float32."""
-        return RunningMean((target.out_features, target.in_features), device, _add_squares)
+        return RunningMean((target.out_features, target.in_features), device, partial(_add_squares, per=self.per))
 
 
-def _add_squares(total: Tensor, h: Tensor, delta: Tensor, lengths: Sequence[int] | None = None) -> None:
+def _add_squares(total: Tensor, h: Tensor, delta: Tensor, lengths: _Lengths, *, per: Per) -> None:
     h, delta = h.float(), delta.float()
-    if lengths is None:
+    if per == "token":
         total += delta.square().T @ h.square()
         return
-    for x, d in zip(torch.split(h, list(lengths)), torch.split(delta, list(lengths)), strict=True):
+    for x, d in zip(*(torch.split(rows, list(lengths())) for rows in (h, delta)), strict=True):
         total += (d.T @ x).square_()
 
 
@@ -239,11 +231,6 @@ class LoraFisher(GradientRequest):
     fingerprint: str
     factors: LowRank = field(compare=False, repr=False)
 
-    @property
-    def kind(self) -> PassKind:
-        """Which row is of which text too."""
-        return "texts"
-
     def numbers(self, target: Target) -> int:
         """Returns ``r (m + n)``."""
         return self.factors.rank * (target.out_features + target.in_features)
@@ -256,19 +243,13 @@ class LoraFisher(GradientRequest):
 
 
 def _add_factor_squares(
-    total: Tensor,
-    h: Tensor,
-    delta: Tensor,
-    lengths: Sequence[int],
-    *,
-    factors: LowRank,
-    scale: float,
+    total: Tensor, h: Tensor, delta: Tensor, lengths: _Lengths, *, factors: LowRank, scale: float
 ) -> None:
     B, A = factors.B, factors.A
     of_B, of_A = total[:, : len(B)], total[:, len(B) :]
     h, delta = h.to(A), scale * delta.to(B)
     a, b = h @ A.T, delta @ B
-    texts = (torch.split(rows, list(lengths)) for rows in (h, delta, a, b))
+    texts = (torch.split(rows, list(lengths())) for rows in (h, delta, a, b))
     for x, d, u, v in zip(*texts, strict=True):
         of_B += (u.T @ d).square_()
         of_A += (v.T @ x).square_()

@@ -22,7 +22,6 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.head import Labels as Labels
 from keeptune.model.head import Loss
-from keeptune.model.runner import PassKind as PassKind
 from keeptune.statistics.store import Source, StatStore
 
 DataRole = Literal["knowledge", "task"]
@@ -69,11 +68,6 @@ class RowRequest(Request):
     examples_alone: ClassVar[bool] = False  # in their order: each process makes all of such a sum
 
     @property
-    def kind(self) -> PassKind:
-        """What is added."""
-        return "forward"
-
-    @property
     def loss(self) -> Loss | None:
         """The loss whose gradients are taken; None without one."""
         return None
@@ -111,11 +105,6 @@ class GradientRequest(RowRequest):
     labels: Labels
     seed: int = dataclasses.field(default=0, kw_only=True)
     probes: int = dataclasses.field(default=1, kw_only=True, metadata=ADDED)
-
-    @property
-    def kind(self) -> PassKind:
-        """Output gradients."""
-        return "backward"
 
     @property
     def loss(self) -> Loss:
@@ -166,7 +155,7 @@ class Accumulator(Protocol):
 
     @property
     def add(self) -> Callable[..., None]:
-        """Adds the rows of one batch without padding: ``h (tokens, n)``, ``δ (tokens, m)``, or as the kind of pass."""
+        """Adds the rows of one batch without padding: ``h (tokens, n)``, of gradients as :class:`Taps` say."""
         ...
 
     def result(self) -> Tensor:

@@ -239,7 +239,7 @@ class DryRun(Footprint):
         sums: dict[tuple[DataRole, bool], int] = {}
         for (request, _), target in self.sites.items():
             if isinstance(request, RowRequest):
-                key = request.data, request.kind != "forward"
+                key = request.data, request.loss is not None
                 sums[key] = sums.get(key, 0) + request.numbers(target)
         work, shape = 0.0, self.shape
         for (role, backward), numbers in sums.items():

@@ -255,7 +255,7 @@ class Footprint:
         widest = max((max(t.in_features, t.out_features) for t in self.shape.linear), default=0)
         passing = {"activations": estimate.inference_bytes(self.shape, tokens), "rows": 8 * tokens * widest}
         through = any(isinstance(request, ModelRequest) for request, _ in self.sites)  # all blocks in one pass, always
-        backward = any(isinstance(r, RowRequest) and r.kind != "forward" for r, _ in self.sites)
+        backward = any(isinstance(r, RowRequest) and r.loss is not None for r, _ in self.sites)
         if through or backward:
             tokens *= 2 if through else 1
             kept = estimate.activation_bytes(self.shape, tuple(rows), ranks=0, batch=1, length=tokens)
