@@ -45,7 +45,7 @@ from keeptune.model.runner import Runner, Sink, Taps
 from keeptune.pipeline.planning import penalties_of, with_penalties
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.neuron_attribution import Attributions
-from keeptune.statistics.request import Accumulator, Request
+from keeptune.statistics.request import Request, RunningMean
 from keeptune.statistics.store import StatStore
 
 VOCAB = 64
@@ -474,10 +474,9 @@ def trained_factors(model: Any, plan: Plan) -> dict[str, LowRank]:
     return {name: LowRank(B=state[f"{name}.B"], A=state[f"{name}.A"]) for name in names}
 
 
-def add_up(total: Accumulator, other: Accumulator) -> None:
+def add_up(total: RunningMean, other: RunningMean) -> None:
     """Adds the rows of another sum, as processes do."""
-    for mine, others in zip(total.sums, other.sums, strict=True):
-        mine += others
+    total.total += other.total
     total.tokens += other.tokens
 
 

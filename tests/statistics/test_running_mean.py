@@ -27,7 +27,7 @@ from keeptune.statistics.covariance import (
     TokenCount,
     WeightFisher,
 )
-from keeptune.statistics.request import Accumulator, RowRequest, checked_result
+from keeptune.statistics.request import RowRequest, RunningMean, checked_result
 
 CPU = torch.device("cpu")
 TARGET = Target("h.0.up", 0, "up", 5, 4, "h.0.up")
@@ -50,11 +50,11 @@ MEANS: dict[RowRequest, Tensor] = {
 }
 
 
-def empty(request: RowRequest) -> Accumulator:
+def empty(request: RowRequest) -> RunningMean:
     return request.accumulator(TARGET, CPU, lambda: W)
 
 
-def summed(request: RowRequest, *indices: Tensor) -> Accumulator:
+def summed(request: RowRequest, *indices: Tensor) -> RunningMean:
     """The sum over some rows, one call for each index."""
     total = empty(request)
     for index in indices:
@@ -112,13 +112,13 @@ def test_what_is_no_number_is_refused_with_the_module(request_: RowRequest) -> N
 
 def of_two_processes(
     requests: list[RowRequest], patch: pytest.MonkeyPatch, *, examples_alone: bool
-) -> Iterator[tuple[Accumulator, Accumulator, Accumulator]]:
+) -> Iterator[tuple[RunningMean, RunningMean, RunningMean]]:
     """The sums of one process alone, and of the first and the second of two before they are added up."""
     model, found = MODELS["llama"](), []
     batches = calibration(lengths=(3, 9, 6, 12)).batches(12)
     measured = [(request, target) for target in find_targets(model)[:7:3] for request in requests]
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        found.append(dict[Measured, Accumulator]())
+        found.append(dict[Measured, RunningMean]())
         patch.setattr(collect, "world", lambda world=world: world)
         patch.setattr(collect, "share", lambda every, rank=rank, world=world: every[rank::world])
         patch.setattr(collect, "add_up", lambda part: None)

@@ -25,11 +25,11 @@ from keeptune.model.head import Loss, head_fingerprint, refuse_unknown_tokens
 from keeptune.model.runner import Runner, Taps
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
 from keeptune.statistics.request import (
-    Accumulator,
     DataRole,
     ModelRequest,
     Request,
     RowRequest,
+    RunningMean,
     UnseenError,
     checked_result,
 )
@@ -245,7 +245,7 @@ class _Collection:
         several = len(waves) > 1
         unseen: dict[str, frozenset[Request]] = {}
 
-        def finished(request: RowRequest, target: Target, total: Accumulator) -> None:
+        def finished(request: RowRequest, target: Target, total: RunningMean) -> None:
             try:
                 value = checked_result(total, request.site(target))
                 if is_first():
@@ -339,7 +339,7 @@ def run_pass(
     batches: Sequence[Batch],
     need: Pass,
     measured: Sequence[Measured],
-    deliver: Callable[[RowRequest, Target, Accumulator], None],
+    deliver: Callable[[RowRequest, Target, RunningMean], None],
     *,
     title: str,
 ) -> None:
@@ -347,7 +347,7 @@ def run_pass(
 
     Several processes divide the batches, but for examples that are alone; all deliver all sums of all batches.
     """
-    taps, sums = Taps(), dict[Measured, Callable[[], Accumulator]]()
+    taps, sums = Taps(), dict[Measured, Callable[[], RunningMean]]()
     own = batches if need.examples_alone else share(batches)
     for request, target in measured:
         weight = partial(read_weight, runner.model, target)
@@ -372,13 +372,13 @@ def run_pass(
     runner.run(own or batches[:1], taps, need.loss if taps.gradients else None, title=title, done=done)
 
 
-def _add(total: Callable[[], Accumulator], *rows: Any) -> None:
+def _add(total: Callable[[], RunningMean], *rows: Any) -> None:
     total().add(*rows)
 
 
-def _add_up(total: Accumulator) -> None:
+def _add_up(total: RunningMean) -> None:
     """Merges the sums of all processes."""
     tokens = torch.tensor(float(total.tokens), dtype=torch.float64)
-    for part in (*total.sums, tokens):
+    for part in (total.total, tokens):
         add_up(part)
     total.tokens = int(tokens)

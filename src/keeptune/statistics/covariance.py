@@ -39,7 +39,6 @@ from keeptune.model.head import Labels
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.request import (
     ADDED,
-    Accumulator,
     DataRole,
     GradientRequest,
     RowRequest,
@@ -170,18 +169,11 @@ class TokenCount(RowRequest):
 
     def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> _Count:
         """Returns a counter."""
-        return _Count()
+        return _Count((), device, lambda total, rows: None)
 
 
-@dataclass
-class _Count(Accumulator):
+class _Count(RunningMean):
     """Counts rows."""
-
-    tokens: int = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Counts the rows of one batch, ``(tokens, n)``."""
-        self.tokens += rows.shape[0]
 
     def result(self) -> Tensor:
         """Returns a scalar, float64: float32 cannot count beyond 2^24."""

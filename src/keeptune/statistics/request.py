@@ -11,7 +11,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class RowRequest(Request):
         return 4 * self.numbers(target)
 
     @abstractmethod
-    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> Accumulator:
+    def accumulator(self, target: Target, device: torch.device, weight: WeightReader) -> RunningMean:
         """Returns an empty sum; ``weight`` reads the target's weight, ``(m, n)`` float32, for sums that need it."""
 
 
@@ -144,31 +144,7 @@ class UnseenError(StatisticsError):
     """No token of the data reached a module."""
 
 
-class Accumulator(Protocol):
-    """Sums a statistic over rows; the result does not depend on how rows are split over calls.
-
-    Attributes:
-        tokens: How many rows were added.
-    """
-
-    tokens: int
-
-    @property
-    def add(self) -> Callable[..., None]:
-        """Adds the rows of one batch without padding: ``h (tokens, n)``, of gradients as :class:`Taps` say."""
-        ...
-
-    def result(self) -> Tensor:
-        """Returns the statistic, on the CPU."""
-        ...
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """The tensors that rows change, zero before: with those of other rows, and ``tokens``, they add up in place."""
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
-
-
-def checked_result(total: Accumulator, module: str) -> Tensor:
+def checked_result(total: RunningMean, module: str) -> Tensor:
     """Returns the result of a sum of a module, on the CPU.
 
     Raises:
@@ -194,8 +170,8 @@ def checked_result(total: Accumulator, module: str) -> Tensor:
 
 
 @dataclass
-class RunningMean(Accumulator):
-    """The mean over tokens of what rows contribute, summed in float64.
+class RunningMean:
+    """The mean over tokens of what rows contribute, summed in float64; ``tokens`` is how many rows were added.
 
     Laws: the result does not depend on how rows are split over calls or over sums that are added up, nor on their
     order (to float64 rounding of the sum).
