@@ -21,7 +21,6 @@ from typing import Any, Literal
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError, RecipeError, need_known
-from keeptune.evaluation.results import trade_off
 from keeptune.experiments.axes import Axis, unit_of, value_of
 from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
@@ -202,7 +201,15 @@ def _export(record: Row, choice: Row, best: Path) -> None:
         write_variant(
             Job(recipe.model_copy(update={"output": run})), Variant(*next(iter(row["variant"].items()))), best
         )
-    _write_card(best, run, row, choice)
+    entry = FinishedRun(run).entry | {key: row[key] for key in ("K", "T", "KT", "benchmarks")}
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in choice["max_loss"].items())
+    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice['run']}."]
+    if row["variant"] is not None:
+        notes.append(f"Changed after training, which the recipe does not do: {canonical_json(row['variant'])}.")
+    text = model_card(
+        entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")
+    )
+    write_text(best / "README.md", text)
 
 
 def _check_weights(result: Path, scored: set[str]) -> None:
@@ -213,16 +220,3 @@ def _check_weights(result: Path, scored: set[str]) -> None:
             wanted="the chosen run's",
             next_step="Is another comparison at work in this folder? Start it again; it does what is missing.",
         )
-
-
-def _write_card(best: Path, run: Path, row: Row, choice: Row) -> None:
-    done, scores = FinishedRun(run), {key: row[key] for key in ("K", "T", "KT", "benchmarks")}
-    entry = done.entry | trade_off(done.results) | scores
-    limits = ", ".join(f"{name} {limit:g}" for name, limit in choice["max_loss"].items())
-    notes = [f"Chosen by keeptune compare: it learned most of what loses at most {limits}; run {choice['run']}."]
-    if row["variant"] is not None:
-        notes.append(f"Changed after training, which the recipe does not do: {canonical_json(row['variant'])}.")
-    text = model_card(
-        entry | {"notes": [*notes, *entry["notes"]]}, read_json(best / SIDECAR), read_json(run / "recipe.json")
-    )
-    write_text(best / "README.md", text)

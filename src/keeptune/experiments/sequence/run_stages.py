@@ -94,29 +94,24 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
     course = _Course(sequence, base, model.dtype, sequence.output, sequence.whole.export)
     del model
     with only_one(sequence.output):
-        return _run(course)
+        done: list[_Done] = []
+        scores: list[list[dict[str, Any]]] = []
+        for stage in sequence.stages:
+            done.append(placed(f"stage {stage.name}", partial(_stage, course, stage, tuple(done))))
+            scores.append(placed(f"stage {stage.name}", partial(_scores, course, done[-1].product.parent)))
+        final, exported = by_first(lambda: _final(course, done[-1]))
+        cut = exported is not None and (exported["error"] > 0 or exported["format"] == "merged")
+        final_scores = _scores(course, sequence.output) if cut else None
 
+        def write() -> dict[str, Any]:
+            stages = [one.record | {"run": str(one.result.parent), "product": str(one.product)} for one in done]
+            record = write_record(sequence, stages, scores, adapter=final, export=exported, final=final_scores)
+            page, numbers = sequence.output / "report.html", sequence.output / "sequence.json"
+            if not page.is_file() or page.stat().st_mtime < numbers.stat().st_mtime:
+                write_sequence(record, page)
+            return record
 
-def _run(course: _Course) -> dict[str, Any]:
-    sequence = course.sequence
-    done: list[_Done] = []
-    scores: list[list[dict[str, Any]]] = []
-    for stage in sequence.stages:
-        done.append(placed(f"stage {stage.name}", partial(_stage, course, stage, tuple(done))))
-        scores.append(placed(f"stage {stage.name}", partial(_scores, course, done[-1].product.parent)))
-    final, exported = by_first(lambda: _final(course, done[-1]))
-    cut = exported is not None and (exported["error"] > 0 or exported["format"] == "merged")
-    final_scores = _scores(course, sequence.output) if cut else None
-
-    def write() -> dict[str, Any]:
-        stages = [one.record | {"run": str(one.result.parent), "product": str(one.product)} for one in done]
-        record = write_record(sequence, stages, scores, adapter=final, export=exported, final=final_scores)
-        page, numbers = sequence.output / "report.html", sequence.output / "sequence.json"
-        if not page.is_file() or page.stat().st_mtime < numbers.stat().st_mtime:
-            write_sequence(record, page)
-        return record
-
-    return by_first(write)
+        return by_first(write)
 
 
 def _check(sequence: StageSequence, model: PreTrainedModel) -> None:

@@ -97,26 +97,21 @@ def sentences(front: Front) -> list[str]:
         said.append(f"{baseline}, the baseline, does not reach this score.")
     if own is not None:
         said.append(f"{baseline}, the baseline, forgets {scales.spread(own['forgotten'])} there.")
-        said += _against(reached, str(baseline))
+        groups: dict[str, list[str]] = {
+            f"Clearly less than {baseline} (paired over seeds, 95%):": [],
+            "Clearly more:": [],
+            "No clear difference:": [],
+            "No interval, for want of seeds:": [],
+        }
+        less, more, same, unknown = groups.values()
+        for row in (row for row in reached if row is not own):
+            low, high = ends(row["difference"])
+            (unknown if math.isnan(low) else less if high < 0 else more if low > 0 else same).append(row["label"])
+        said += [f"{words} {_some(labels)}." for words, labels in groups.items() if labels]
     missed = [row["label"] for row in table["rows"] if row["forgotten"] is None]
     if missed:
         said.append(f"{_some(missed)} {'does' if len(missed) == 1 else 'do'} not reach it with every seed.")
     return said
-
-
-def _against(reached: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
-    groups: dict[str, list[str]] = {
-        f"Clearly less than {baseline} (paired over seeds, 95%):": [],
-        "Clearly more:": [],
-        "No clear difference:": [],
-        "No interval, for want of seeds:": [],
-    }
-    less, more, same, unknown = groups.values()
-    for row in reached:
-        if row["label"] != baseline:
-            low, high = ends(row["difference"])
-            (unknown if math.isnan(low) else less if high < 0 else more if low > 0 else same).append(row["label"])
-    return [f"{words} {_some(labels)}." for words, labels in groups.items() if labels]
 
 
 def _some(names: Sequence[str]) -> str:
