@@ -151,18 +151,18 @@ def measured(folder: Path, file: Path, scratch: Path, count: int = 20, new: int 
     rows = [json.loads(line) for line in (ATLAS / "topics.test.jsonl").read_text().splitlines()[:count]]
     prompts = [tokenizer(f"{row['text']}\nTopic:")["input_ids"] for row in rows]
     done = export_gguf(folder, GgufOptions(str(file), quantise="f32", output=scratch / "out"))
-    record: dict[str, Any] = {"prompts": len(prompts), "merged": done.merged, "error": done.error}
-    if done.merged:
+    record: dict[str, Any] = {"prompts": len(prompts), "merged": done["merged"], "error": done["error"]}
+    if done["merged"]:
         tuned = load_model(str(folder / "merged"), _FLOATS)
-        with server("-m", str(done.file)) as address:
+        with server("-m", str(Path(done["file"]))) as address:
             record["f32"] = apart(tuned, prompts, served(address, prompts, new))
         small = export_gguf(folder, GgufOptions(str(file), True, "q8_0", scratch / "small"))
-        with server("-m", str(small.file)) as address:
+        with server("-m", str(small["file"])) as address:
             record["q8_0"] = apart(tuned, prompts, served(address, prompts, new))
         return record
     base = load_model(str(file), _FLOATS)
     for name, model in (("f32", float_copy(file, scratch / "base.gguf")), ("as it is", file)):
-        with server("-m", str(model), "--lora", str(done.file)) as address:
+        with server("-m", str(model), "--lora", str(Path(done["file"]))) as address:
             record[f"{name}, scale 0"] = apart(base, prompts, served(address, prompts, new, 0.0))
             record[name] = served(address, prompts, new, 1.0)
     tuned = load_adapter(base, folder / "adapter")

@@ -56,23 +56,23 @@ def test_a_served_run_answers_as_it_was_trained(form: str, base: Path, recipe_va
     folder = Path(given["output"])
     done = export_gguf(folder, GgufOptions(str(base), quantise="f32"))
     merged = form in {"loki", "full"}
-    assert (done.merged, bool(done.note), done.file.parent.name) == (
+    assert (done["merged"], bool(done["note"]), Path(done["file"]).parent.name) == (
         merged,
         merged,
         "gguf-merged" if merged else "gguf",
     )
-    modelfile = (done.file.parent / "Modelfile").read_text()
+    modelfile = (Path(done["file"]).parent / "Modelfile").read_text()
     started = load_model(str(STORIES))
     if merged:
-        assert (done.error < 1e-4, modelfile) == (True, "FROM ./model.gguf\n")
-        with server("-m", str(done.file)) as address:
+        assert (done["error"] < 1e-4, modelfile) == (True, "FROM ./model.gguf\n")
+        with server("-m", str(Path(done["file"]))) as address:
             answers = served(address, prompts(), 6)
         tuned, before = load_model(str(folder / "merged")), started
     else:
-        assert (done.error, modelfile) == (0, f"FROM {base}\nADAPTER ./adapter.gguf\n")
-        ranks = {tuple(one.shape)[1] for one in open_gguf(done.file).tensors if one.name.endswith("lora_a")}
+        assert (done["error"], modelfile) == (0, f"FROM {base}\nADAPTER ./adapter.gguf\n")
+        ranks = {tuple(one.shape)[1] for one in open_gguf(Path(done["file"])).tensors if one.name.endswith("lora_a")}
         assert ranks == {8}  # of lora-null v1 2 r, of both one that servers take
-        with server("-m", str(base), "--lora", str(done.file)) as address:
+        with server("-m", str(base), "--lora", str(Path(done["file"]))) as address:
             answers, off = (served(address, prompts(), 6, scale) for scale in (1.0, 0.0))
         same, largest = apart(started, prompts(), off)
         assert (same, largest < 1e-3) == (20, True)
@@ -105,8 +105,8 @@ def test_a_whole_model_is_written_in_fewer_bits_with_the_metadata_of_the_base(
 ) -> None:
     options = GgufOptions(str(base), merged=True, quantise=quantise, output=tmp_path / "out")
     done = export_gguf(finished("lora"), options)
-    assert 0 < done.error < bound
-    written, given = open_gguf(done.file), open_gguf(base)
+    assert 0 < done["error"] < bound
+    written, given = open_gguf(Path(done["file"])), open_gguf(base)
     assert field_of(written, "tokenizer.ggml.tokens") == field_of(given, "tokenizer.ggml.tokens")
     assert field_of(written, "general.file_type") == {"f16": 1, "q8_0": 7}[quantise]
     assert {one.name for one in written.tensors} == {one.name for one in given.tensors}
@@ -121,8 +121,8 @@ def test_the_change_in_a_file_is_the_trained_one(finished: Callable[[str], Path]
     errors = {}
     for quantise in ("f32", "f16"):
         done = export_gguf(finished("lora"), GgufOptions(quantise=quantise, output=tmp_path / quantise))  # type: ignore[arg-type]
-        errors[quantise] = done.error
-        assert done.serve == f"llama-server -m base.gguf --lora {done.file} --alias tuned"
+        errors[quantise] = done["error"]
+        assert done["serve"] == f"llama-server -m base.gguf --lora {Path(done['file'])} --alias tuned"
     assert errors["f32"] == 0 < errors["f16"] < 1e-3
     tensors = {one.name: values_of(one) for one in open_gguf(tmp_path / "f32" / "adapter.gguf").tensors}
     tuned = load_adapter(load_model(str(STORIES)), finished("lora") / "adapter")
@@ -220,8 +220,8 @@ def test_the_template_trained_with_is_passed_on_where_the_base_has_another(
     (tmp_path / "chat.jinja").write_text(CHATML)
     run(recipe_of(given))
     done = export_gguf(given["output"], GgufOptions(str(base)))
-    assert done.serve.endswith(f"--chat-template-file {done.file.parent / 'chat_template.jinja'}")
-    assert (done.file.parent / "chat_template.jinja").read_text() == CHATML
-    assert "TEMPLATE" in (done.file.parent / "Modelfile").read_text()
+    assert done["serve"].endswith(f"--chat-template-file {Path(done['file']).parent / 'chat_template.jinja'}")
+    assert (Path(done["file"]).parent / "chat_template.jinja").read_text() == CHATML
+    assert "TEMPLATE" in (Path(done["file"]).parent / "Modelfile").read_text()
     whole = export_gguf(given["output"], GgufOptions(str(base), merged=True))
-    assert field_of(open_gguf(whole.file), "tokenizer.chat_template") == CHATML
+    assert field_of(open_gguf(whole["file"]), "tokenizer.chat_template") == CHATML

@@ -12,10 +12,7 @@ from typer import echo
 from keeptune.cli.shared import load
 from keeptune.core.errors import RecipeError
 
-BaseFile = Annotated[
-    str | None, typer.Option(help="The GGUF file of the base, in any quantisation; default: the one trained on.")
-]
-Run = Annotated[Path, typer.Argument(help="A run folder, or what it exported.", show_default=False)]
+BaseFile = Annotated[str | None, typer.Option(help="The GGUF file of the base; default: the one trained on.")]
 
 
 def export(
@@ -24,19 +21,14 @@ def export(
     to: Annotated[str | None, typer.Option(help="gguf: for llama.cpp, Ollama and LM Studio.")] = None,
     base: BaseFile = None,
     merged: Annotated[bool, typer.Option("--merged", help="With --to: the whole model.")] = False,
-    quantise: Annotated[
-        str | None, typer.Option(help="With --to: f32, f16 or q8_0; default: f32, of a whole model f16.")
-    ] = None,
-    folder: Annotated[Path | None, typer.Option(help="With --to: where it goes; default: gguf in the run.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="With --to: f32 (an adapter), f16 (a model) or q8_0.")] = None,
 ) -> Any:
-    """Write the trained adapter and check it on a freshly loaded base; or one that is written for another server."""
+    """Write the trained adapter and check it on a freshly loaded base; or, with --to, as another server reads it."""
     if to is not None:
-        return _to(to, recipe if recipe.is_dir() else load(recipe, context).output, base, merged, quantise, folder)
-    given = {"--base": base, "--merged": merged, "--quantise": quantise, "--folder": folder}
-    for option in (name for name, value in given.items() if value):
-        raise RecipeError(
-            option, got="no --to", wanted="--to gguf with it", next_step="Add --to gguf, or leave it out."
-        )
+        return _to(to, recipe if recipe.is_dir() else load(recipe, context).output, base, merged, quantise)
+    for option, value in {"--base": base, "--merged": merged, "--quantise": quantise}.items():
+        if value:
+            raise RecipeError(option, got="no --to", wanted="--to gguf with it", next_step="Add --to gguf.")
     from keeptune.pipeline.export import export_stage
     from keeptune.pipeline.run import plan_stage, started
 
@@ -50,23 +42,22 @@ def export(
     return done
 
 
-def _to(to: str, run: Path, base: str | None, merged: bool, quantise: Any, folder: Path | None) -> Any:
+def _to(to: str, run: Path, base: str | None, merged: bool, quantise: Any) -> Any:
     from keeptune.core.errors import need_known
     from keeptune.pipeline.gguf_export import GgufOptions, export_gguf
 
     need_known(to, ["gguf"], "--to", "gguf")
-    done = export_gguf(run, GgufOptions(base, merged, quantise, folder))
-    echo(f"{'whole model' if done.merged else 'adapter'} in {done.file} ({done.quantise}), with a Modelfile for Ollama")
-    what = "difference in logits to the merged model" if done.merged else "rounding of the factors"
-    checked = f"checked against {done.base}" if done.base else "not checked against a file of the base (--base)"
-    echo(f"{what}: {done.error:.1e} relative; {checked}")
-    echo(f"serve: {done.serve}")
+    done = export_gguf(run, GgufOptions(base, merged, quantise))
+    echo(f"{done['file']} ({done['quantise']}), with a Modelfile for Ollama")
+    what = "difference in logits to the merged model" if done["merged"] else "rounding of the factors"
+    checked = f"checked against {done['base']}" if done["base"] else "not checked against a file of the base (--base)"
+    echo(f"{what}: {done['error']:.1e} relative; {checked}\nserve: {done['serve']}")
     return done
 
 
 def serve(
     context: typer.Context,
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="A run folder, or what it exported.", show_default=False)],
     using: Annotated[str, typer.Option(help="vllm or llama.cpp; auto: the first that is installed.")] = "auto",
     base: BaseFile = None,
     host: Annotated[str, typer.Option(help="Address.")] = "127.0.0.1",

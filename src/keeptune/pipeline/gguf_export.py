@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from keeptune.adapter import gguf_files as files
-from keeptune.adapter.gguf_files import Entry, Quantise, field_of, no_lora, open_gguf
+from keeptune.adapter.gguf_files import Entry, Quantise, field_of, open_gguf
 from keeptune.adapter.load import SIDECAR, refuse_foreign
 from keeptune.adapter.merging import is_streamed
 from keeptune.adapter.probe import Gap, logits_of, random_probe
@@ -52,34 +52,21 @@ class GgufOptions:
     output: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GgufFile:
-    """What was written: the file, of which base's file (None: unchecked), and the command that serves it.
-
-    ``error`` is that of the file's numbers, relative (Frobenius); of a whole model the largest difference of logits, as
-    Transformers reads the file, to the merged model, over the largest logit. ``weights`` is the fingerprint of the
-    export it is made from; ``note`` says why it is a whole model although an adapter was asked for.
-    """
-
-    file: Path
-    base: str | None
-    merged: bool
-    quantise: Quantise
-    serve: str
-    weights: str
-    note: str = ""
-    error: float = 0.0
-
-
 _DEFAULTS = GgufOptions()
 
 
-def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
+def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, Any]:
     """Writes what a run exported as a GGUF LoRA, or as a whole model where it has no such form or ``merged`` is set.
 
     Args:
         run: A run folder, an adapter, or a whole model that keeptune wrote.
         options: What is written.
+
+    Returns:
+        ``file``; the ``base``'s file (None: nothing was checked against it); ``merged``; ``quantise``; ``error``, that
+        of the numbers, relative (Frobenius), or of a whole model the largest difference of logits, as Transformers
+        reads the file, to the merged model, over the largest logit; ``serve``, the command; ``weights``, the
+        fingerprint of what was exported; and ``note``, why it is a whole model although an adapter was asked for.
 
     Raises:
         ExportError: The architecture or a module has no known GGUF form, the base's file has other weights, a whole
@@ -87,39 +74,9 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> GgufFile:
         ModelError: Nothing was exported, or the base cannot be loaded.
         RecipeError: There is no such quantisation.
     """
-    trained = TrainedModel.of(str(run))
-    done = _planned(run, trained, options)
-    if done.note:
-        _log.warning("export %s: written as a whole model. %s", run, done.note)
-    folder, reader, name = done.file.parent, open_gguf(done.base) if done.base else None, done.file.name
-    refuse_foreign(folder)
-    own = (trained.folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(trained.folder) if own else trained.base)
-    new = reader is not None and tokenizer.chat_template != field_of(reader, "tokenizer.chat_template")
-    template = tokenizer.chat_template if new else None
-    with atomic_directory(folder) as fresh:
-        write = partial(_write_whole, template=template) if done.merged else _write_adapter
-        done = replace(done, error=write(trained, replace(done, file=fresh / name), reader))
-        lines = [f"FROM ./{name}"] if done.merged else [f"FROM {Path(done.base or 'base.gguf').absolute()}"]
-        lines += [] if done.merged else [f"ADAPTER ./{name}"]
-        if template is not None:
-            write_text(fresh / "chat_template.jinja", template)
-            lines.append(f'TEMPLATE """{go_template(tokenizer, reader)}"""')
-            chat = shlex.join(["--chat-template-file", str(folder / "chat_template.jinja")])
-            done = done if done.merged else replace(done, serve=f"{done.serve} {chat}")
-        write_text(fresh / "Modelfile", "\n".join(lines) + "\n")
-        write_json(fresh / SIDECAR, {"base": trained.base, "gguf": asdict(done)})
-    return done
-
-
-def _planned(run: Path | str, trained: TrainedModel, options: GgufOptions) -> GgufFile:
     need_known(options.quantise or "f32", get_args(Quantise), "--quantise", "f32, f16 or q8_0")
-    if trained.head is not None:
-        raise no_lora(trained.folder, "a classifier", "a language model")
-    note = "" if trained.is_adapter else "What was trained has no adapter form"
-    if not note and not is_streamed(trained.folder):
-        note = "Beside plain factors the adapter has other parts, which llama.cpp does not read"
-    merged, note = options.merged or bool(note), "" if options.merged else note
+    trained = TrainedModel.of(str(run))
+    note, merged = "" if options.merged else _no_lora(trained), options.merged or bool(_no_lora(trained))
     base = options.base or (trained.base if is_gguf(trained.base) and Path(trained.base).is_file() else None)
     if base is None and merged:
         got = "no GGUF file of the base" + (f" ({note[0].lower()}{note[1:]})" if note else "")
@@ -127,49 +84,85 @@ def _planned(run: Path | str, trained: TrainedModel, options: GgufOptions) -> Gg
         raise ExportError(f"export of {run} to GGUF", got=got, wanted=wanted, next_step=NAME_IT)
     if base is not None:
         check_gguf(base)
+    if note:
+        _log.warning("export %s: written as a whole model. %s", run, note)
     folder = options.output or Path(run) / ("gguf-merged" if merged else "gguf")
-    file = folder / ("model.gguf" if merged else "adapter.gguf")
-    words = ["-m", str(file)] if merged else ["-m", base or "base.gguf", "--lora", str(file)]
-    serve = shlex.join(["llama-server", *words, "--alias", "tuned"])
-    quantise = options.quantise or ("f16" if merged else "f32")
-    return GgufFile(file, base, merged, quantise, serve, result_fingerprint(trained.folder), note)
+    refuse_foreign(folder)
+    name, quantise = (
+        ("model.gguf", options.quantise or "f16") if merged else ("adapter.gguf", options.quantise or "f32")
+    )
+    serve = ["-m", str(folder / name)] if merged else ["-m", base or "base.gguf", "--lora", str(folder / name)]
+    lines = [f"FROM ./{name}"] if merged else [f"FROM {Path(base or 'base.gguf').absolute()}", f"ADAPTER ./{name}"]
+    reader, tokenizer = open_gguf(base) if base else None, _tokenizer(trained)
+    new = reader is not None and tokenizer.chat_template != field_of(reader, "tokenizer.chat_template")
+    template = tokenizer.chat_template if new else None
+    with atomic_directory(folder) as fresh:
+        if merged:
+            error = _write_whole(trained, fresh / name, str(base), reader, quantise, template)
+        else:
+            error = _write_adapter(trained, fresh / name, base, reader, quantise)
+        if template is not None:
+            write_text(fresh / "chat_template.jinja", template)
+            lines.append(f'TEMPLATE """{go_template(tokenizer, reader)}"""')
+            serve += [] if merged else ["--chat-template-file", str(folder / "chat_template.jinja")]
+        write_text(fresh / "Modelfile", "\n".join(lines) + "\n")
+        done = {"file": str(folder / name), "base": base, "merged": merged, "quantise": quantise, "error": error}
+        done |= {"serve": shlex.join(["llama-server", *serve, "--alias", "tuned"]), "note": note}
+        done["weights"] = result_fingerprint(trained.folder)
+        write_json(fresh / SIDECAR, {"base": trained.base, "gguf": done})
+    return done
 
 
-def written(run: Path | str, base: str | None) -> GgufFile | None:
+def _no_lora(trained: TrainedModel) -> str:
+    if trained.head is not None:
+        raise files.no_lora(trained.folder, "a classifier", "a language model")
+    if not trained.is_adapter:
+        return "What was trained has no adapter form"
+    more = "Beside plain factors the adapter has other parts, which llama.cpp does not read"
+    return "" if is_streamed(trained.folder) else more
+
+
+def _tokenizer(trained: TrainedModel) -> Any:
+    return load_tokenizer(str(trained.folder) if (trained.folder / "tokenizer_config.json").is_file() else trained.base)
+
+
+def written(run: Path | str, base: str | None) -> dict[str, Any] | None:
     """Returns what was written of a run as it is now and for a base's file (None: any); None where that is not done."""
     weights = result_fingerprint(TrainedModel.of(str(run)).folder)
     for record in (Path(run) / name / SIDECAR for name in ("gguf", "gguf-merged")):
-        done = GgufFile(**read_json(record)["gguf"]) if record.is_file() else None
-        if done is not None and done.weights == weights and done.base and base in {None, done.base}:
+        done: dict[str, Any] = read_json(record)["gguf"] if record.is_file() else {}
+        if done.get("weights") == weights and done["base"] and base in {None, done["base"]}:
             return done
     return None
 
 
-def _write_adapter(trained: TrainedModel, done: GgufFile, reader: Any) -> float:
+def _write_adapter(trained: TrainedModel, file: Path, base: str | None, reader: Any, quantise: Quantise) -> float:
     layout = files.layout_of(load_config(trained.base), f"base {trained.base}")
-    error = files.write_lora_file(done.file, trained.folder, layout, done.quantise)
-    if done.base not in {None, trained.base}:
+    error = files.write_lora_file(file, trained.folder, layout, quantise)
+    if base not in {None, trained.base}:
         names = sorted(read_json(trained.folder / "adapter_config.json")["target_modules"], reverse=True)
         first = {name.split(".")[-1]: f"{name}.weight" for name in names}.values()  # of each role
         entries = _entries(load_floats(trained.base, LoadOptions()))
-        files.check_base(str(done.base), reader, layout, entries, [entry for entry in entries if entry[0] in first])
+        files.check_base(str(base), reader, layout, entries, [entry for entry in entries if entry[0] in first])
     return error
 
 
-def _write_whole(trained: TrainedModel, done: GgufFile, reader: Any, template: str | None) -> float:
-    with tempfile.TemporaryDirectory(prefix="keeptune-", dir=done.file.parent) as scratch:
+def _write_whole(
+    trained: TrainedModel, file: Path, base: str, reader: Any, quantise: Quantise, template: str | None
+) -> float:
+    with tempfile.TemporaryDirectory(prefix="keeptune-", dir=file.parent) as scratch:
         whole = trained.folder
         if trained.is_adapter:
             whole = Path(scratch) / "merged"
             merge_adapter(trained.folder, whole, dtype="float32")  # in 16 bits a small change would be rounded away
         layout, model = files.layout_of(load_config(str(whole)), f"model {whole}"), load_floats(str(whole), _FLOATS)
         entries, probe = _entries(model), random_probe(model)
-        files.check_base(str(done.base), reader, layout, entries)
-        files.write_whole_file(done.file, layout, reader, entries, done.quantise, template)
+        files.check_base(base, reader, layout, entries)
+        files.write_whole_file(file, layout, reader, entries, quantise, template)
         wanted = logits_of(model, probe)
         del model, entries
-        gap, step = Gap.between(logits_of(load_model(str(done.file), _FLOATS), probe), wanted), "Take --quantise f32."
-        gap.refuse_above(_BOUNDS[done.quantise], f"export {done.file}", "the merged model", step)
+        gap = Gap.between(logits_of(load_model(str(file), _FLOATS), probe), wanted)
+        gap.refuse_above(_BOUNDS[quantise], f"export {file}", "the merged model", "Take --quantise f32.")
         return gap.relative
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import Literal, get_args
 
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import read_json
@@ -93,13 +93,12 @@ def _vllm_words(run: Path | str) -> list[str]:
 
 
 def _llama_words(run: Path | str, base: str | None, write: bool) -> list[str]:
-    done = written(run, base) or (export_gguf(run, GgufOptions(base)) if write else None)
-    if done is None:
-        step = f"Run `keeptune export {run} --to gguf --base base.gguf`, or serve without --dry-run."
-        raise ExportError(f"serve {run}", got="no GGUF file of it", wanted="one for llama.cpp", next_step=step)
-    if done.base is None:
-        raise ExportError(f"serve {run}", got="no GGUF file of the base", wanted="one to serve on", next_step=NAME_IT)
-    return shlex.split(done.serve)[1:]
+    done = written(run, base) or (export_gguf(run, GgufOptions(base)) if write else {"base": ""})
+    if not done["base"]:
+        step = NAME_IT if "serve" in done else "Run `keeptune export` with --to gguf, or serve without --dry-run."
+        got, wanted = f"no GGUF file of {'the base' if 'serve' in done else 'it'}", "one for llama.cpp to serve"
+        raise ExportError(f"serve {run}", got=got, wanted=wanted, next_step=step)
+    return shlex.split(done["serve"])[1:]
 
 
 def serve(words: Sequence[str], options: ServeOptions, ready: Callable[[str], object]) -> None:
@@ -108,36 +107,32 @@ def serve(words: Sequence[str], options: ServeOptions, ready: Callable[[str], ob
     Raises:
         ProcessError: The port is taken, or the server ended by itself or does not answer.
     """
-    url, until, server = f"http://{options.host}:{options.port}", time.monotonic() + options.wait, None
-
-    def refuse(where: str, got: str, wanted: str, next_step: str) -> NoReturn:
-        raise ProcessError(where, got=got, wanted=wanted, next_step=next_step)
-
-    def gone(got: str) -> NoReturn:
-        wanted, step = (
-            f"a server that answers: {shlex.join(words)}",
-            "Its messages are above; --wait gives more time.",
-        )
-        refuse(f"server {Path(words[0]).name}", got, wanted, step)
-
     try:
         socket.create_server((options.host, options.port)).close()
     except OSError as error:
-        refuse(f"--port {options.port}", str(error.strerror), f"a free port on {options.host}", "Take another one.")
+        where, wanted = f"--port {options.port}", f"a free port on {options.host}"
+        raise ProcessError(where, got=str(error.strerror), wanted=wanted, next_step="Take another one.") from error
+    url, until = f"http://{options.host}:{options.port}", time.monotonic() + options.wait
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    server = subprocess.Popen(words, start_new_session=True, preexec_fn=end_with_parent)
     try:
-        server = subprocess.Popen(words, start_new_session=True, preexec_fn=end_with_parent)
-        while not _answers(url):
-            if server.poll() is not None:
-                gone(f"exit code {server.returncode}")
-            if time.monotonic() > until:
-                gone(f"no answer in {options.wait:.0f} s")
-        ready(url)
-        gone(f"exit code {server.wait()}")
+        while server.poll() is None and time.monotonic() < until and not _answers(url):
+            time.sleep(0.2)
+        if server.poll() is None and time.monotonic() < until:
+            ready(url)
+            server.wait()
+        got = f"no answer in {options.wait:.0f} s" if server.poll() is None else f"exit code {server.returncode}"
+        where, wanted = f"server {Path(words[0]).name}", f"a server that answers: {shlex.join(words)}"
+        step = "Its messages are above; --wait gives more time."
+        raise ProcessError(where, got=got, wanted=wanted, next_step=step)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if server is not None:
-            _end(server)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.terminate()
+            server.wait(10)
+        with contextlib.suppress(ProcessLookupError):  # what is left of its processes
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def _answers(url: str) -> bool:
@@ -145,15 +140,4 @@ def _answers(url: str) -> bool:
         with urllib.request.urlopen(f"{url}/health", timeout=5):
             return True
     except (urllib.error.URLError, ConnectionError, TimeoutError):  # still loading, or not there yet
-        time.sleep(0.2)
         return False
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    """Ends a server, and with force what is left of its processes."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.terminate()
-        server.wait(10)
-    with contextlib.suppress(ProcessLookupError):  # all have ended
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
