@@ -112,7 +112,7 @@ def test_a_whole_model_is_written_in_fewer_bits_with_the_metadata_of_the_base(
     assert {one.name for one in written.tensors} == {one.name for one in given.tensors}
     types = {one.tensor_type.name for one in written.tensors}
     assert types - {"F16"} == {"F32", quantise.upper()} - {"F16"}  # rows that are no whole blocks of q8_0 are f16
-    assert export_gguf(finished("lora"), replace(options, quantise="f32")).error == 0
+    assert export_gguf(finished("lora"), replace(options, quantise="f32"))["error"] == 0
     assert json.loads((tmp_path / "out" / "keeptune.json").read_text())["gguf"]["quantise"] == "f32"
 
 
@@ -220,7 +220,7 @@ def test_the_template_trained_with_is_passed_on_where_the_base_has_another(
     (tmp_path / "chat.jinja").write_text(CHATML)
     run(recipe_of(given))
     done = export_gguf(given["output"], GgufOptions(str(base)))
-    assert done["serve"].endswith(f"--chat-template-file {Path(done['file']).parent / 'chat_template.jinja'}")
+    assert f"--chat-template-file {Path(done['file']).parent / 'chat_template.jinja'}" in done["serve"]
     assert (Path(done["file"]).parent / "chat_template.jinja").read_text() == CHATML
     assert "TEMPLATE" in (Path(done["file"]).parent / "Modelfile").read_text()
     whole = export_gguf(given["output"], GgufOptions(str(base), merged=True))
