@@ -158,8 +158,8 @@ def evaluate(
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
 typer.Typer.command(app, context_settings=OVERRIDES)(launch.launch)  # its --json is that of what it starts
 for _with_recipe in (
-    serving.export,
-    serving.serve,
+    serve.export,
+    serve.serve,
     compare.sweep,
     compare.compare,
     compare.layers,
