@@ -25,6 +25,7 @@ from keeptune.adapter.load import load_adapter
 from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 from keeptune.pipeline.gguf_export import GgufOptions, export_gguf
 from keeptune.pipeline.run import run
+from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.recipe.schema import make_recipe
 from studies.models import download
 
@@ -141,14 +142,14 @@ def recipe_values(method: str, file: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def measured(folder: Path, file: Path, scratch: Path, count: int = 20, new: int = 8) -> dict[str, Any]:
-    """Compares a finished run as served with the same in PEFT, on prompts of the task.
+def measured(folder: Path, file: Path, scratch: Path, *, quantised: bool = True, new: int = 8) -> dict[str, Any]:
+    """Compares a finished run as served with the same in PEFT, on 20 prompts of the task, on float weights and others.
 
     Returns:
         Per setting how many of the answers are equal, and the largest difference of log-probabilities.
     """
     tokenizer = load_tokenizer(str(file))
-    rows = [json.loads(line) for line in (ATLAS / "topics.test.jsonl").read_text().splitlines()[:count]]
+    rows = [json.loads(line) for line in (ATLAS / "topics.test.jsonl").read_text().splitlines()[:20]]
     prompts = [tokenizer(f"{row['text']}\nTopic:")["input_ids"] for row in rows]
     done = export_gguf(folder, GgufOptions(str(file), quantise="f32", output=scratch / "out"))
     record: dict[str, Any] = {"prompts": len(prompts), "merged": done["merged"], "error": done["error"]}
@@ -161,12 +162,13 @@ def measured(folder: Path, file: Path, scratch: Path, count: int = 20, new: int 
             record["q8_0"] = apart(tuned, prompts, served(address, prompts, new))
         return record
     base = load_model(str(file), _FLOATS)
-    for name, model in (("f32", float_copy(file, scratch / "base.gguf")), ("as it is", file)):
+    bases = {"f32": float_copy(file, scratch / "base.gguf")} | ({"as it is": file} if quantised else {})
+    for name, model in bases.items():
         with server("-m", str(model), "--lora", str(Path(done["file"]))) as address:
             record[f"{name}, scale 0"] = apart(base, prompts, served(address, prompts, new, 0.0))
             record[name] = served(address, prompts, new, 1.0)
-    tuned = load_adapter(base, folder / "adapter")
-    return record | {name: apart(tuned, prompts, record[name]) for name in ("f32", "as it is")}
+    tuned = load_adapter(base, TrainedModel.of(str(folder)).folder)
+    return record | {name: apart(tuned, prompts, record[name]) for name in bases}
 
 
 if __name__ == "__main__":

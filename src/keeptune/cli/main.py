@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, launch, show_data, store_commands, studies
+from keeptune.cli import compare, dry_run, launch, serve, show_data, store_commands, studies
 from keeptune.cli.repair import check, repair
 from keeptune.cli.share import compare_served, merge, push
 from keeptune.cli.shared import (
