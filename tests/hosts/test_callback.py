@@ -11,6 +11,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tests.models import NF4
+from tests.pipeline.support import write_jsonl
 from tests.training.support import MODEL, TOKENIZER, TRAINERS, plain_trainer, trl_trainer, tuned
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -311,3 +312,21 @@ def test_a_trainer_has_one(tmp_path: Path) -> None:
         made.train()
     with pytest.raises(TrainError, match="got two of them, wanted one"):
         Trainer(own(), made.args, callbacks=[callback(), callback()])
+
+
+def test_it_stops_at_a_loss_and_exports_the_best_state_before(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "kept.jsonl", [{"text": text} for text in TEXTS[:4]])
+    file = str(tmp_path / "kept.jsonl")
+    kept = FileBenchmark(name="kept", role="knowledge", file=file, text="{text}", metric="cross_entropy")
+    made = callback(Lora(rank=2), evaluate=[kept], stop_at_loss=0.002)
+    trainer = trained(own(), tmp_path, kind="trl", callbacks=[made], eval_steps=1)
+    rows = [row for row in trainer.state.log_history if "eval_forgetting" in row]
+    assert rows[-1]["eval_forgetting"] > 0.002 > rows[-2]["eval_forgetting"] and len(rows) < 6
+    record = read_json(tmp_path / "keeptune/trained/train.json")
+    assert f"the state of step {rows[-2]['step']} is kept" in record["notes"][-1]
+    scored = read_json(tmp_path / "keeptune/evaluation/kept.json")["summary"]
+    assert scored["after"] == pytest.approx(rows[-2]["eval_kept"], rel=1e-4), "what is exported is that state"
+    with pytest.raises(TrainError, match="got stop_at_loss without a benchmark of role knowledge"):
+        callback(stop_at_loss=0.1)
+    with pytest.raises(TrainError, match="got stop_at_loss without eval_steps"):
+        trained(own(), tmp_path / "no", callbacks=[callback(evaluate=[kept], stop_at_loss=0.1)])

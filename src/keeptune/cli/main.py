@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, launch, serve, show_data, store_commands, studies
+from keeptune.cli import compare, dry_run, hosts, launch, serve, show_data, store_commands, studies
 from keeptune.cli.repair import check, repair
 from keeptune.cli.share import compare_served, merge, push
 from keeptune.cli.shared import (
@@ -39,6 +39,7 @@ _NO_TELEMETRY = {
     "VLLM_NO_USAGE_STATS": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",  # trackio's pages
 }
+_HOSTED = {"llamafactory"}  # in each of several processes, which the host joins itself
 # Commands that several processes share; of the others the first process does all.
 _DIVIDED = {"run", "stats", "plan", "train", "export", "evaluate", "compare", "sweep"}
 app = Commands(
@@ -56,7 +57,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     divided = not _DIVIDED.isdisjoint(sys.argv[1:2])
-    if several and not divided and os.environ.get("RANK", "0") != "0":
+    if several and not divided and _HOSTED.isdisjoint(sys.argv[1:2]) and os.environ.get("RANK", "0") != "0":
         return  # the first process does it alone
     try:
         with _joined() if several and divided else contextlib.nullcontext():
@@ -156,6 +157,7 @@ def evaluate(
 
 
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
+app.command(context_settings=OVERRIDES)(hosts.llamafactory)
 typer.Typer.command(app, context_settings=OVERRIDES)(launch.launch)  # its --json is that of what it starts
 for _with_recipe in (
     serve.export,

@@ -94,7 +94,9 @@ def refuse_adapter(model: PreTrainedModel | PeftModel, *, plain: bool) -> None:
     special = [
         f"{field}={value!r}"
         for field, value in vars(config).items()
-        if field not in _FREE and value != getattr(usual, field, None) and not (head and field == "modules_to_save")
+        if field not in _FREE
+        and (value or None) != (getattr(usual, field, None) or None)
+        and not (head and field == "modules_to_save")
     ]
     if config.init_lora_weights not in (True, "gaussian"):
         special.append(f"init_lora_weights={config.init_lora_weights!r}")

@@ -10,19 +10,23 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
-from keeptune.api import store_of, tokens_of
+from keeptune.api import base_of, store_of, tokens_of
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.hosts.adopted import adopted_plan, refuse_adapter, refuse_start, without_adapter
 from keeptune.hosts.result import result_folder, tokenizer_of, write_result
+from keeptune.hosts.run_versions import warn_untried
 from keeptune.methods.base import Method
 from keeptune.methods.keep import Keep
 from keeptune.model.runner import Runner
 from keeptune.penalties.base import Penalty
 from keeptune.pipeline.planning import PlanOptions, penalties_of, refuse_scope, with_penalties
+from keeptune.pipeline.while_training import scores
 from keeptune.training.attach import add_plan
+from keeptune.training.evaluations import Evaluations, add_evaluations
 from keeptune.training.guard import Guard
 
 _DEFAULTS = PlanOptions()
@@ -42,6 +46,8 @@ class Callback(TrainerCallback):
         penalties: Terms of the loss besides the method's own, such as ``L2(strength=1.0)``.
         plan: In place of these the plan that was installed, for methods that choose where to start.
         evaluate: Benchmarks that are scored before and after, on the same items, as training ends.
+        stop_at_loss: They are scored every ``eval_steps`` of the trainer's too; training ends where on average more of
+            what the base knew is lost, and the best state before is exported.
         options: How texts are cut, and where statistics are kept; which modules are tuned is the adapter's to say.
 
     Raises:
@@ -56,6 +62,7 @@ class Callback(TrainerCallback):
         penalties: Sequence[Penalty] = (),
         plan: Plan | None = None,
         evaluate: Sequence[Benchmark] = (),
+        stop_at_loss: float | None = None,
         options: PlanOptions = _DEFAULTS,
     ) -> None:
         """Checks what can be checked without a model."""
@@ -66,6 +73,9 @@ class Callback(TrainerCallback):
         self.plan, self._method, self._knowledge = plan, method or Keep(), knowledge
         self._penalties = penalties_of(self._method, penalties)
         self._benchmarks, self._options = tuple(evaluate), options
+        self._limit, self._evaluations = stop_at_loss, Evaluations(dict)
+        if stop_at_loss is not None and not any(one.role == "knowledge" for one in evaluate):
+            raise _refused("stop_at_loss without a benchmark of role knowledge", "Name one in `evaluate`.")
         self._trainer: Any = None
         self._started = 0.0
         if plan is None:
@@ -90,6 +100,7 @@ class Callback(TrainerCallback):
         plan = self.plan or (Plan.load(saved) if state.global_step else self._made(trainer))
         if self._trainer is None:
             self._attach(trainer, plan)
+        self._watch(trainer, plan)
         if not self._started and state.is_world_process_zero:
             plan.save(saved)
         self._started = self._started or time.perf_counter()
@@ -97,7 +108,8 @@ class Callback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Exports, checks and reports; what penalties hold has been said."""
         assert self.plan is not None
-        write_result(self._trainer, self.plan, self._benchmarks, time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        write_result(self._trainer, self.plan, self._benchmarks, seconds, self._evaluations)
         self._started = 0.0
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -128,8 +140,26 @@ class Callback(TrainerCallback):
         return trainer
 
     def _attach(self, trainer: Any, plan: Plan) -> None:
+        warn_untried()
         add_plan(trainer, plan)
         self.plan, self._trainer = plan, trainer
+
+    def _watch(self, trainer: Any, plan: Plan) -> None:
+        """Has the trainer score the benchmarks, where there is a limit."""
+        args = trainer.args
+        if self._limit is None or self._evaluations.stop_at_loss is not None:
+            return
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise _refused("stop_at_loss with a model in shards", "Use DDP, or leave it out.")
+        if args.eval_strategy == IntervalStrategy.NO:
+            if not args.eval_steps:
+                raise _refused("stop_at_loss without eval_steps", "Set eval_steps in the trainer's arguments.")
+            args.eval_strategy = IntervalStrategy.STEPS
+        base = base_of(trainer.model, trainer.model.get_base_model().name_or_path).load
+        where, tokenizer = result_folder(trainer), tokenizer_of(trainer)
+        score = scores(trainer.model, plan, tokenizer, self._benchmarks, base=base, folder=where)
+        self._evaluations = Evaluations(score, self._limit)
+        add_evaluations(trainer, self._evaluations)
 
     def _made(self, trainer: Any) -> Plan:
         """Plans the adapter that is there, on the base beneath it; all processes take the plan of the first."""

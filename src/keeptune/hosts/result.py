@@ -21,6 +21,7 @@ from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import conclusions
 from keeptune.pipeline.scoring import result_fingerprint, score
+from keeptune.training.evaluations import Evaluations, evaluated
 from keeptune.training.guard import divergence
 from keeptune.training.trainer import loss_curve
 
@@ -39,7 +40,9 @@ def tokenizer_of(trainer: Any) -> Any:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
-def write_result(trainer: Any, plan: Plan, benchmarks: Sequence[Benchmark], seconds: float) -> None:
+def write_result(
+    trainer: Any, plan: Plan, benchmarks: Sequence[Benchmark], seconds: float, evaluations: Evaluations
+) -> None:
     """Exports what was trained, checks it on a fresh base, scores it and writes the report; all processes call it.
 
     Raises:
@@ -59,7 +62,7 @@ def write_result(trainer: Any, plan: Plan, benchmarks: Sequence[Benchmark], seco
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # as it is loaded: without mixed precision
     done = export(model, plan, folder, base=base, tokenizer=tokenizer)
     vars(model).update(within)
-    record = _trained(trainer, plan, base.name, seconds)
+    record = _trained(trainer, plan, base.name, seconds, evaluations)
     recipe = {
         "trainer": f"{type(trainer).__module__.partition('.')[0]}.{type(trainer).__name__}",
         "model": base.name,
@@ -84,8 +87,9 @@ def write_result(trainer: Any, plan: Plan, benchmarks: Sequence[Benchmark], seco
     _log.info("keeptune: %s, checked on a fresh base; report in %s", folder, output / "report.html")
 
 
-def _trained(trainer: Any, plan: Plan, base: str, seconds: float) -> dict[str, Any]:
-    loss, args = loss_curve(trainer.state.log_history, plan), trainer.args
+def _trained(trainer: Any, plan: Plan, base: str, seconds: float, evaluations: Evaluations) -> dict[str, Any]:
+    log, args = trainer.state.log_history, trainer.args
+    loss, chosen = loss_curve(log, plan), evaluations.notes(log)
     diverged = divergence([row["loss"] for row in loss])
     trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     record = {
@@ -93,7 +97,8 @@ def _trained(trainer: Any, plan: Plan, base: str, seconds: float) -> dict[str, A
         "base": base,
         "arguments": {name: getattr(args, name) for name in (*_ARGUMENTS, *_SIZES) if hasattr(args, name)},
         "loss": loss,
-        "notes": [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else [])],
+        **({"evaluations": evaluated(log)} if chosen else {}),
+        "notes": [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else []), *chosen],
         "seconds": seconds,
         "trained_parameters": sum(trained) - sum(t.held_back for t in plan.targets),
     }

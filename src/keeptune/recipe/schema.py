@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, StrictInt, ValidationError
+from pydantic import AfterValidator, ByteSize, Field, StrictInt, ValidationError
 from transformers import TrainingArguments
 
 from keeptune.adapter.anchor import Anchor
@@ -24,7 +24,7 @@ from keeptune.model.pretrained import DeviceMap, Dtype, StartFrom
 from keeptune.model.quantization import check_quantization
 from keeptune.penalties.base import Penalty, penalties, penalty_named
 from keeptune.recipe.paths import Fetch, resolve_paths
-from keeptune.recipe.reading import DEFAULT_METHOD, parse_pairs, read_values, spelt_out
+from keeptune.recipe.reading import DEFAULT_METHOD, parse_pairs, read_values
 from keeptune.recipe.sections import (
     BY_BASE,
     NAMED,
@@ -33,6 +33,7 @@ from keeptune.recipe.sections import (
     Knowledge,
     KnowledgeSets,
     MethodSection,
+    Penalties,
     Published,
     Section,
     Task,
@@ -83,7 +84,7 @@ class Recipe(Section):
     modules_to_save: Annotated[list[str], Field(min_length=1)] | None = None
     trainable_token_indices: list[_Layer] | dict[str, list[_Layer]] | None = None
     knowledge: KnowledgeSets | None = None
-    penalties: list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]] = Field(default_factory=list)
+    penalties: Penalties = Field(default_factory=list)
     replay: float = Field(0.0, ge=0, lt=1)
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate: list[BenchmarkEntry] = Field(default_factory=list)
@@ -193,7 +194,7 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
     try:
         recipe = Recipe.model_validate(resolve_paths(values, folder, fetch))
     except ValidationError as error:
-        raise explain(error, where, _known_keys) from error
+        raise explain(error, where, known_keys) from error
     make_method(recipe.method, seed=0)
     make_penalties(recipe.penalties)
     make_loss(recipe.task.loss)
@@ -225,7 +226,7 @@ def load_suite(path: Path | str) -> tuple[Benchmark, ...]:
     try:
         suite = _Suite.model_validate(resolve_paths({"evaluate": values["evaluate"]}, path.parent))
     except ValidationError as error:
-        raise explain(error, where, _known_keys) from error
+        raise explain(error, where, known_keys) from error
     _check_names(suite.evaluate, where)
     return tuple(suite.evaluate)
 
@@ -286,7 +287,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return parse_pairs(words, [name for name, field in Recipe.model_fields.items() if field.annotation is bool])
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
+def known_keys(location: Sequence[str | int]) -> list[str]:
+    """Returns the keys that a recipe has at a place."""
     sections: dict[str, type[Section]] = {"knowledge": Knowledge, "task": Task, "export": ExportSpec}
     first = str(location[0]) if len(location) > 1 else ""
     if first == "evaluate" or BY_BASE in location:

@@ -148,6 +148,7 @@ KnowledgeSets = Annotated[
 
 
 MethodSection = Annotated[dict[str, Any], BeforeValidator(spelt_out)]
+Penalties = list[Annotated[dict[str, Any], BeforeValidator(spelt_out)]]
 
 
 def _source(entry: Any) -> str:
