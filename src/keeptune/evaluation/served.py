@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -52,8 +51,32 @@ class Server:
             raise ModelError(url, got=got, wanted=wanted, next_step="Name one: --model, of the base --base-model.")
         return cls(url, model or listed[0])
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, *, likelihoods: bool) -> None:
-        """Raises ModelError where a server has other tokens, or gives no log-probabilities where tasks need them."""
+    def language_model(
+        self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, *, likelihoods: bool, **more: Any
+    ) -> Any:
+        """Returns lm-eval's model that asks this server; answers to a ``chat`` through the server's own template.
+
+        Raises:
+            ModelError: The server has other tokens, or gives no log-probabilities where tasks need them.
+        """
+        from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+        self._check(tokenizer, likelihoods)
+        thoughts = {} if chat is None else {"chat_template_kwargs": dict(chat.options.chat_template_kwargs)}
+
+        class Asked(LocalChatCompletion):
+            def _create_payload(self, *given: Any, **options: Any) -> Any:
+                return super()._create_payload(*given, **options) | thoughts
+
+        more |= {"model": self.model, "timeout": _SECONDS, "eos_string": tokenizer.eos_token}
+        if chat is not None and not likelihoods:
+            return Asked(base_url=f"{self.url}/v1/chat/completions", **more)
+        plain = {"tokenizer_backend": None, "add_bos_token": True}  # what the tokenizer adds, as in memory
+        model = LocalCompletionsAPI(base_url=f"{self.url}/v1/completions", **plain, **more)
+        model.tokenizer, model.tokenizer_backend, model.tokenized_requests = tokenizer, "huggingface", True
+        return model
+
+    def _check(self, tokenizer: PreTrainedTokenizerBase, likelihoods: bool) -> None:
         own, asked = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]), {"model": self.model}
         try:  # as vLLM takes it, and as llama.cpp does
             text = {"prompt": _PROBE, "content": _PROBE, "add_special_tokens": False, "add_special": False}
@@ -76,24 +99,6 @@ class Server:
                 wanted="them (`echo` with `logprobs`, as vLLM has it): choices and texts are scored by them",
                 next_step="Take benchmarks whose answers are generated, such as gsm8k, for this server.",
             )
-
-    def language_model(self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, **more: Any) -> Any:
-        """Returns lm-eval's model that asks this server; through its own chat template where there is a ``chat``."""
-        from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
-
-        thoughts = {} if chat is None else {"chat_template_kwargs": dict(chat.options.chat_template_kwargs)}
-
-        class Asked(LocalChatCompletion):
-            def _create_payload(self, *given: Any, **options: Any) -> Any:
-                return super()._create_payload(*given, **options) | thoughts
-
-        more |= {"model": self.model, "timeout": _SECONDS, "eos_string": tokenizer.eos_token}
-        if chat is not None:
-            return Asked(base_url=f"{self.url}/v1/chat/completions", **more)
-        plain = {"tokenizer_backend": None, "add_bos_token": True}  # what the tokenizer adds, as in memory
-        model = LocalCompletionsAPI(base_url=f"{self.url}/v1/completions", **plain, **more)
-        model.tokenizer, model.tokenizer_backend, model.tokenized_requests = tokenizer, "huggingface", True
-        return model
 
 
 def _ask(url: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -121,39 +126,22 @@ def score_served(
         RecipeError: The benchmark is of a kind that is scored in memory alone, or lm-eval is not all there.
         ModelError: A server does not answer, has other tokens, or gives no log-probabilities where they are needed.
     """
-    with restored_process(benchmark.where), _asking(benchmark):
-        if isinstance(benchmark, NamedBenchmark):
-            return _standard(servers, tokenizer, benchmark, seed)
-        assert isinstance(benchmark, FileBenchmark)
-        return _file(servers, tokenizer, benchmark, seed)
+    with restored_process(where := benchmark.where):
+        from lm_eval.models import api_models
+        from requests import RequestException
 
-
-@contextmanager
-def _asking(benchmark: Benchmark) -> Iterator[None]:
-    """Draws lm-eval's bars where a person sees them, and says what went wrong between it and a server."""
-    from lm_eval.models import api_models
-    from requests import RequestException
-
-    where = benchmark.where
-    if find_spec("tenacity") is None:
-        step = 'Run `pip install "keeptune[benchmarks]"`.'
-        raise RecipeError(where, got="lm-eval without tenacity", wanted="what asks a server again", next_step=step)
-    try:
-        with mock.patch.object(api_models, "tqdm", partial(tqdm, disable=None)):
-            yield
-    except RequestException as error:
-        got, step = f"a server that stopped answering ({error})", "Look into its log; a prompt may be too long for it."
-        raise ModelError(where, got=got, wanted="answers until the end", next_step=step) from error
-
-
-def _models(
-    servers: Mapping[Side, Server], tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, **more: Any
-) -> list[Any]:
-    """Returns lm-eval's models of both servers, which are checked; choices are asked without a server's template."""
-    likelihoods = more.pop("likelihoods")
-    for side in SIDES:
-        servers[side].check(tokenizer, likelihoods=likelihoods)
-    return [servers[side].language_model(tokenizer, None if likelihoods else chat, **more) for side in SIDES]
+        if find_spec("tenacity") is None:
+            step = 'Run `pip install "keeptune[benchmarks]"`.'
+            raise RecipeError(where, got="lm-eval without tenacity", wanted="what asks a server again", next_step=step)
+        try:
+            with mock.patch.object(api_models, "tqdm", partial(tqdm, disable=None)):  # bars where a person sees them
+                if isinstance(benchmark, NamedBenchmark):
+                    return _standard(servers, tokenizer, benchmark, seed)
+                assert isinstance(benchmark, FileBenchmark)
+                return _file(servers, tokenizer, benchmark, seed)
+        except RequestException as error:
+            got, step = f"a server that stopped answering ({error})", "See its log; a prompt may be too long for it."
+            raise ModelError(where, got=got, wanted="answers until the end", next_step=step) from error
 
 
 def _standard(
@@ -165,9 +153,9 @@ def _standard(
     more["likelihoods"] = any(task.OUTPUT_TYPE != "generate_until" for task in built.tasks.values())
     if chat is not None and not more["likelihoods"]:
         more["think_end_token"] = end_of_thought(benchmark, tokenizer)
-    models = _models(servers, tokenizer, chat, **more)
-    first, second = (samples_of(model, benchmark, built, chat=chat is not None) for model in models)
-    return compared(benchmark, records_of(first, second, tokenizer), first, second, chat=chat is not None, seed=seed)
+    models = {side: servers[side].language_model(tokenizer, chat, **more) for side in SIDES}
+    samples = {side: samples_of(model, benchmark, built, chat=chat is not None) for side, model in models.items()}
+    return compared(benchmark, samples, records_of(samples, tokenizer), chat=chat is not None, seed=seed)
 
 
 def _file(
@@ -185,7 +173,7 @@ def _file(
         )
     items, chat = load_items(benchmark, Path()), asking(benchmark, tokenizer) if templated else None
     length = {} if benchmark.max_length is None else {"max_length": benchmark.max_length + 1}
-    models = _models(servers, tokenizer, chat, likelihoods=not generated, **length)
+    models = [servers[side].language_model(tokenizer, chat, likelihoods=not generated, **length) for side in SIDES]
     if generated:
         thought = end_of_thought(benchmark, tokenizer)
         stops = [] if thought else list(benchmark.stops)

@@ -60,34 +60,30 @@ def push(
         texts = {one: (staged / one).read_text(encoding="utf-8") for one in _OWN_TEXTS if (staged / one).is_file()}
         if (Path(source) / "plan").is_dir():
             run = FinishedRun(Path(source))
-            texts["README.md"] = model_card(
-                run.entry | trade_off(run.results), read_json(run.result / SIDECAR), run.recipe
-            )
+            scores = run.entry | trade_off(run.results)
+            texts["README.md"] = model_card(scores, read_json(run.result / SIDECAR), run.recipe)
         for one, text in texts.items():
+            for here, there in ((str(trained.folder), repo), (trained.base, name)):
+                text = text.replace(here, there) if "/" in here else text
+            if one == "adapter_config.json":
+                named = {"base_model_name_or_path": name, "revision": revision or None}
+                text = json.dumps(json.loads(text) | named, indent=2) + "\n"
+            elif one == "README.md" and revision:
+                text = text.replace(f"`{name}`", f"`{name}` at `{revision}`", 1)
             (staged / one).unlink(missing_ok=True)
-            write_text(staged / one, _on_hub(one, text, {str(trained.folder): repo, trained.base: name}, revision))
-        found = {path.name: path.read_bytes() for path in sorted(staged.iterdir())}
-        leaks = [one for one, data in found.items() if not one.endswith(".safetensors") and _TOKEN.search(data)]
+            write_text(staged / one, text)
+        found = sorted(staged.iterdir())
+        leaks = [one.name for one in found if one.suffix != ".safetensors" and _TOKEN.search(one.read_bytes())]
         if leaks:
             raise RecipeError(leaks[0], got="a token of the hub in it", wanted="none", next_step="Take it out first.")
-        card = found.get("README.md", b"").decode()
-        done: dict[str, Any] = {"repo": repo, "files": {one: len(data) for one, data in found.items()}, "card": card}
+        card = (staged / "README.md").read_text(encoding="utf-8") if "README.md" in texts else ""
+        done: dict[str, Any] = {"repo": repo, "files": {one.name: one.stat().st_size for one in found}, "card": card}
         return done | {"url": None if dry else _upload(staged, repo, private)}
 
 
 def _need_name(where: str, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) or ".." in name or "--" in name:
         raise RecipeError(where, got=f'"{name}"', wanted='a name on the hub, "org/name"', next_step="Change it.")
-
-
-def _on_hub(file: str, text: str, names: dict[str, str], revision: str) -> str:
-    """Returns a text with names on the hub for paths of this machine, and the revision of the base."""
-    for local, there in names.items():
-        text = text.replace(local, there)
-    base = list(names.values())[-1]
-    if file == "adapter_config.json":
-        return json.dumps(json.loads(text) | {"revision": revision or None}, indent=2) + "\n"
-    return text.replace(f"`{base}`", f"`{base}` at `{revision}`", 1) if revision and file == "README.md" else text
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:

@@ -102,35 +102,29 @@ def score_named(
             with scoring(pair, side) as model, restored_model(model, ends_of_turns(chat)):
                 wrapped = wrapped_model(model, tokenizer, benchmark, length=length, kept=answers, chat=chat)
                 samples[side] = samples_of(wrapped, benchmark, built, chat=chat is not None)
-        first, second = samples["before"], samples["after"]
-        records = records_of(first, second, tokenizer)
+        records = records_of(samples, tokenizer)
         if benchmark.role == "task" and (benchmark.how is None or benchmark.how.protocol is None):
             encoder = Encoder(tokenizer, length, templated=chat is not None)
-            right = [encoder.answer(*_right(sample, chat=chat is not None)) for sample in first]
+            right = [encoder.answer(*_right(sample, chat=chat is not None)) for sample in samples["before"]]
             add_divergence(pair, records, right, Passes(benchmark.batch_size, pad_id_of(tokenizer), benchmark.where))
-    return compared(benchmark, records, first, second, chat=chat is not None, seed=seed)
+    return compared(benchmark, samples, records, chat=chat is not None, seed=seed)
 
 
-def records_of(first: list[_Sample], second: list[_Sample], tokenizer: Any) -> list[dict[str, Any]]:
+def records_of(samples: Mapping[Side, list[_Sample]], tokenizer: Any) -> list[dict[str, Any]]:
     """Returns the record of each item, from the samples before and after."""
-    assert [sample.prompt for sample in first] == [sample.prompt for sample in second]
-    return [_record(index, *both, tokenizer) for index, both in enumerate(zip(first, second, strict=True))]
+    pairs = list(zip(samples["before"], samples["after"], strict=True))
+    assert all(one.prompt == two.prompt for one, two in pairs)
+    return [_record(index, *both, tokenizer) for index, both in enumerate(pairs)]
 
 
 def compared(
-    benchmark: NamedBenchmark,
-    records: list[dict[str, Any]],
-    first: list[_Sample],
-    second: list[_Sample],
-    *,
-    chat: bool,
-    seed: int,
+    benchmark: NamedBenchmark, samples: Mapping[Side, list[_Sample]], records: list[Any], *, chat: bool, seed: int
 ) -> BenchmarkResult:
     """Returns the scores before and after, with the interval of their difference over the items."""
-    metric = first[0].metric
+    metric = samples["before"][0].metric
     if metric in ("f1", "matthews"):
-        truth, before = np.array([sample.value for sample in first]).T
-        after = np.array([sample.value for sample in second])[:, 1]
+        truth, before = np.array([sample.value for sample in samples["before"]]).T
+        after = np.array([sample.value for sample in samples["after"]])[:, 1]
         labels = max(2, int(max(truth.max(), before.max(), after.max())) + 1)
         scores = label_scores(metric, truth, before, after, labels, seed) | {"n": len(records), "items": records}
         scores["kl_to_base"] = divergence_of(records, [1.0] * len(records))
