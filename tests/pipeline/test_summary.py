@@ -190,3 +190,11 @@ def test_the_card_of_a_run_gets_the_table_and_keeps_the_export(
     assert again.replace(str(tmp_path / "out"), str(folder)) == text
     write_report([folder], tmp_path / "elsewhere")
     assert (folder / "adapter" / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_what_vllm_makes_of_the_adapter_is_told(finished: Callable[[str], Path]) -> None:
+    run, line = finished("lora"), "vLLM 0.33.0 serves this with --max-lora-rank 8"
+    assert read_json(run / "adapter" / "export.json")["vllm"] == line
+    assert line in (run / "adapter" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    assert f"# {line}" in (run / "report.html").read_text(encoding="utf-8")
+    assert read_json(finished("full") / "merged" / "export.json")["vllm"] == ""

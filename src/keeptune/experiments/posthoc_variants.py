@@ -205,7 +205,7 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
         if isinstance(pair, TwoModels):
             load = f'AutoModelForSequenceClassification.from_pretrained("{output}")'
             serve = load if job.head else shlex.join(["vllm", "serve", str(output)])
-            export |= {"format": "merged", "rank": 0, "serve": serve}
+            export |= {"format": "merged", "rank": 0, "serve": serve, "vllm": ""}
         write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant.record})
     return output
 

@@ -81,7 +81,7 @@ class FinishedRun:
         trained = _read(self.folder / "trained" / "train.json", "train")
         exported = _read(self.result / "export.json", "export")
         plan, seconds = self.plan, self.folder / "plan" / "seconds.json"
-        gap, notes = exported.get("original_relative_gap"), list(filter(None, [exported.get("vllm")]))
+        gap, notes = exported.get("original_relative_gap"), list[str]()
         if gap is not None and exported["format"] != "merged":
             on = f"on {exported['original']} its logits are off by {gap:.0%} (relative)"
             notes.append(f"the adapter is for the quantised base; {on}")
@@ -97,6 +97,7 @@ class FinishedRun:
             "export_gap": exported["gap"],
             "export_relative_gap": exported["relative_gap"],
             "serve": exported["serve"],
+            "vllm": exported.get("vllm", ""),
             "options": dict(plan.options) | {f"train.{k}": v for k, v in trained["arguments"].items()},
             "trained_parameters": trained["trained_parameters"],
             "seconds": {
@@ -223,7 +224,8 @@ def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], outp
     if folders != [output]:
         line = shlex.join(["keeptune", "report", *map(str, folders), "--output", str(output)])
         commands.append(("Join the runs", line))
-    commands.append(("Load or serve the result", "\n".join(dict.fromkeys(str(entry["serve"]) for entry in entries))))
+    lines = (line for entry in entries for line in (entry["serve"], entry["vllm"] and f"# {entry['vllm']}") if line)
+    commands.append(("Load or serve the result", "\n".join(dict.fromkeys(lines))))
     texts = [(f"Recipe of {label}, seed {entry['seed']}", run.recipe) for label, run, entry in labelled]
     traces = {label: read_json(run.folder / _TRACE) for label, run, _ in labelled if (run.folder / _TRACE).is_file()}
     trained = read_json(runs[0].folder / "trained" / "train.json")

@@ -104,6 +104,8 @@ def _notes(entry: Mapping[str, Any], export: Mapping[str, Any], labels: Sequence
         notes.append(f"Cut to a smaller rank: {export['error']:.2%} of the trained change (Frobenius) is left out.")
     if labels:
         notes.append(f"Labels, in the order of the outputs: {', '.join(labels)}.")
+    if export.get("vllm"):
+        notes.append(f"{export['vllm']}.")
     return [*notes, *map(str, entry.get("notes") or [])]
 
 
