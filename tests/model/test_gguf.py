@@ -9,10 +9,10 @@ from tests.gguf_files import gguf_llama, write_gguf
 from tests.models import logits
 
 from keeptune.core.errors import ModelError
-from keeptune.model import gguf as module
-from keeptune.model.gguf import place_of
+from keeptune.model import quantization as module
 from keeptune.model.head import body_fingerprint
 from keeptune.model.pretrained import LoadOptions, load_model, load_positions, load_tokenizer
+from keeptune.model.quantization import place_of
 from keeptune.pipeline.dry_run.estimate import model_shape
 
 

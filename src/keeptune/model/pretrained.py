@@ -32,9 +32,8 @@ from keeptune.core.errors import ModelError
 from keeptune.core.offload import hook_of, stored_value
 from keeptune.core.weights import is_quantised, keep_layout, refuse_misread
 from keeptune.model.blocks import head_of, positions
-from keeptune.model.gguf import check_gguf, gguf_error, is_gguf, place_of
 from keeptune.model.head import Head
-from keeptune.model.quantization import loading, with_precise
+from keeptune.model.quantization import check_gguf, gguf_error, is_gguf, loading, place_of, with_precise
 
 _log = logging.getLogger(__name__)
 _BY_ALL = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}  # else Transformers draws no head on some processes

@@ -22,8 +22,8 @@ from keeptune.adapter.probe import Gap, logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, read_json, write_json, write_text
 from keeptune.core.errors import ExportError, need_known
 from keeptune.core.offload import stored_value
-from keeptune.model.gguf import check_gguf, is_gguf
 from keeptune.model.pretrained import LoadOptions, load_config, load_floats, load_model, load_tokenizer
+from keeptune.model.quantization import check_gguf, is_gguf
 from keeptune.pipeline.merge import merge_adapter
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.pipeline.trained_changes import TrainedModel

@@ -21,7 +21,6 @@ from keeptune.core.weights import is_quantised, read_weight
 from keeptune.methods.base import Method
 from keeptune.model.blocks import blocks_of
 from keeptune.model.blockwise import BlockwiseRunner
-from keeptune.model.gguf import is_gguf
 from keeptune.model.pretrained import (
     LoadOptions,
     StartFrom,
@@ -31,7 +30,7 @@ from keeptune.model.pretrained import (
     load_offloaded,
     load_shapes,
 )
-from keeptune.model.quantization import stays_quantised, stored_quantization
+from keeptune.model.quantization import is_gguf, stays_quantised, stored_quantization
 from keeptune.model.runner import Runner
 from keeptune.recipe.schema import Recipe
 from keeptune.statistics.covariance import DirectionVariances

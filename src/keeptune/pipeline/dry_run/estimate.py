@@ -25,8 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from keeptune.core.errors import ModelError, nearest
 from keeptune.core.target import Target
 from keeptune.model.blocks import depth, down_projections, find_targets, head_of, is_nested, positions
-from keeptune.model.gguf import check_gguf, gguf_error, place_of
-from keeptune.model.quantization import stored_quantization
+from keeptune.model.quantization import check_gguf, gguf_error, place_of, stored_quantization
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # where configs say how many there are
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
