@@ -14,6 +14,7 @@ from rich.console import Console
 from typer import echo
 
 from keeptune.cli import compare, dry_run, hosts, launch, serve, show_data, store_commands, studies
+from keeptune.cli.first_steps import doctor, init
 from keeptune.cli.repair import check, repair
 from keeptune.cli.share import compare_served, merge, push
 from keeptune.cli.shared import (
@@ -160,6 +161,8 @@ app.command("data", context_settings=OVERRIDES)(show_data.show_data)
 app.command(context_settings=OVERRIDES)(hosts.llamafactory)
 typer.Typer.command(app, context_settings=OVERRIDES)(launch.launch)  # its --json is that of what it starts
 for _with_recipe in (
+    init,
+    doctor,
     serve.export,
     serve.serve,
     compare.sweep,
