@@ -238,7 +238,7 @@ def add_penalties(trainer: Any, plan: Plan) -> Penalties:
         state.check("gradients clipped")  # both are clipped together
         return clip(*args, **kwargs)
 
-    state = PenaltyState(penalties, plan)
+    state = PenaltyState(penalties, plan, trainer)
     clip, trainer.accelerator.clip_grad_norm_ = trainer.accelerator.clip_grad_norm_, clipping
     if zero := trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         backward, trainer.accelerator.backward = trainer.accelerator.backward, with_term
@@ -279,8 +279,8 @@ class PenaltyState(TrainerCallback, ExportableState):
     A step without them is refused before the optimiser takes it.
     """
 
-    def __init__(self, penalties: Any = None, plan: Any = None) -> None:
-        self.penalties, self._plan, self._key = penalties, plan, plan and plan.key
+    def __init__(self, penalties: Any = None, plan: Any = None, trainer: Any = None) -> None:
+        self.penalties, self._plan, self._trainer, self._key = penalties, plan, trainer, plan and plan.key
         self._optimizer: Any = None
         self._seen, self._stepped = 0, False
 
@@ -298,7 +298,7 @@ class PenaltyState(TrainerCallback, ExportableState):
                 next_step="Leave it out.",
             )
         self._seen, self._stepped = self.penalties.taken, False  # training may have been interrupted within a step
-        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
+        optimizer = getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer is not self._optimizer:
             optimizer.register_step_pre_hook(lambda *_: self.check("an optimiser step", steps=True))
             self._optimizer = optimizer
