@@ -191,9 +191,9 @@ def test_a_base_in_four_bits_is_tuned_as_it_is(tmp_path: Path) -> None:
         (lambda: Callback(method=Keep()), r"knowledge: got none, wanted texts .*for kl\. Pass knowledge=texts"),
         (
             lambda: Callback(method=Pissa(), knowledge=TEXTS),
-            r"method pissa: got a method that chooses.*Callback.plan=",
+            r"method pissa: got a start of its own.*Callback.plan=",
         ),
-        (lambda: Callback(method=LoraFA(), knowledge=TEXTS), r"method lora-fa: got a method that chooses"),
+        (lambda: Callback(method=LoraFA(), knowledge=TEXTS), r"method lora-fa: got a start of its own"),
         (lambda: Callback(plan=tiny_plan(), knowledge=TEXTS), r"got a plan, and a method, knowledge or penalties"),
         (lambda: Callback(method=KEPT, knowledge=TEXTS, penalties=[Kl()]), r"got 2 penalties kl"),
     ],

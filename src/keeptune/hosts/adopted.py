@@ -42,12 +42,9 @@ _LORA = "Pass peft_config=LoraConfig(...) to the trainer, or get_peft_model(mode
 def refuse_start(method: Method, penalties: Sequence[Penalty], knowledge: Any) -> None:
     """Raises TrainError for a method that has another start than a plain LoRA, or where there is no knowledge."""
     if not isinstance(method, LoraStart) or method.trains != _BOTH or method.training():
-        raise TrainError(
-            f"keeptune.Callback, method {method.name}",
-            got="a method that chooses what is trained, and from where, before there is an adapter",
-            wanted="its plan, or a method that starts as LoRA does, such as keep",
-            next_step=_BEFOREHAND.format(f"keeptune.{type(method).__name__}(...)"),
-        )
+        got, wanted = "a start of its own, before there is an adapter", "its plan, or a method that starts as LoRA does"
+        next_step = _BEFOREHAND.format(f"keeptune.{type(method).__name__}(...)")
+        raise TrainError(f"keeptune.Callback, method {method.name}", got=got, wanted=wanted, next_step=next_step)
     if knowledge is None and any("knowledge" in one.data for one in penalties):
         wanted = f"texts that hold what the model should keep, for {named([one.name for one in penalties])}"
         next_step = "Pass knowledge=texts; keeptune.generate_knowledge(model, tokenizer) has the base write some."
@@ -81,8 +78,7 @@ def refuse_adapter(model: PreTrainedModel | PeftModel, *, plain: bool) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         raise _refused(f"{type(model).__name__} without an adapter, in which {trained:,} numbers are trained", _LORA)
     if not model.get_base_model().name_or_path:
-        next_step = "Load it by from_pretrained; the export is checked on it."
-        raise _refused("a base that does not say where it was loaded from", next_step)
+        raise _refused("a base of no path or hub id", "Load it by from_pretrained: the export is checked on it.")
     if not plain:
         return
     if model.active_adapters != ["default"]:
@@ -123,11 +119,8 @@ def adopted_plan(
         if name not in known:
             raise _refused(f"a LoRA on {name}, no linear map of a block", "Leave it out of target_modules.")
         if bool(layer.lora_B["default"].weight.any()):
-            raise _refused(
-                f"a LoRA that has been trained already: B of {name} is not zero",
-                "Merge it into the base (merge_and_unload, save_pretrained) and start from that, or go on from a "
-                "checkpoint by trainer.train(resume_from_checkpoint=...).",
-            )
+            got = f"a LoRA that has been trained already: B of {name} is not zero"
+            raise _refused(got, "Merge it into the base (merge_and_unload), or resume its checkpoint by train().")
     head, given = head_of(base), {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
     return Plan(
         method=method.name,

@@ -67,9 +67,7 @@ class Callback(TrainerCallback):
     ) -> None:
         """Checks what can be checked without a model."""
         if plan is not None and (method is not None or knowledge is not None or penalties):
-            raise _refused(
-                "a plan, and a method, knowledge or penalties beside it", "Leave them out: the plan has them."
-            )
+            raise _refused("a plan, and a method, knowledge or penalties beside it", "Leave them out: it has them.")
         self.plan, self._method, self._knowledge = plan, method or Keep(), knowledge
         self._penalties = penalties_of(self._method, penalties)
         self._benchmarks, self._options = tuple(evaluate), options
@@ -122,20 +120,15 @@ class Callback(TrainerCallback):
         frames = (info.frame.f_locals.get("self") for info in inspect.stack(0))
         hosts = (own for own in frames if isinstance(own, Trainer) and self in own.callback_handler.callbacks)
         trainer: Any = next(hosts, None)
-        others = () if trainer is None else trainer.callback_handler.callbacks
-        attached = any(isinstance(one, Guard) and one.attached for one in others)
-        for refused, got, next_step in (
-            (trainer is None, "a loop that is no transformers.Trainer", "Call keeptune.Penalties.step in your loop."),
-            (sum(isinstance(one, Callback) for one in others) > 1, "two of them", "One takes several `penalties`."),
-            (attached, "a trainer with keeptune.attach", "Leave that out, and pass keeptune.Callback(plan=plan)."),
-            (
-                trainer is not None and trainer.hp_search_backend is not None,
-                "a search of hyperparameters",
-                "Train those that it chose in a trainer of their own.",
-            ),
-        ):
-            if refused:
-                raise _refused(got, next_step)
+        if trainer is None:
+            raise _refused("a loop that is no transformers.Trainer", "Call keeptune.Penalties.step in your loop.")
+        others = trainer.callback_handler.callbacks
+        if sum(isinstance(one, Callback) for one in others) > 1:
+            raise _refused("two of them", "Leave one out; one takes several `penalties`.")
+        if any(isinstance(one, Guard) and one.attached for one in others):
+            raise _refused("a trainer with keeptune.attach", "Leave that out, and pass keeptune.Callback(plan=plan).")
+        if trainer.hp_search_backend is not None:
+            raise _refused("a search of hyperparameters", "Train those that it chose in a trainer of their own.")
         refuse_adapter(trainer.model, plain=self.plan is None)
         return trainer
 
@@ -166,19 +159,15 @@ class Callback(TrainerCallback):
         tokenizer = tokenizer_of(trainer)
         if self._knowledge is not None and tokenizer is None:
             raise _refused("a trainer without a tokenizer", "Pass processing_class=tokenizer to the trainer.")
-        with (
-            torch.random.fork_rng(),
-            without_adapter(trainer.model) as (base, layers),
-            store_of(self._options) as store,
-        ):
-            data, _ = tokens_of(base, tokenizer, {"knowledge": self._knowledge}, self._options)
-            plan = adopted_plan(base, layers, trainer.model.peft_config["default"], self._method, data)
-            made = [with_penalties(plan, self._penalties, Runner(base), store, data=data, options=self._options)]
+        options, model = self._options, trainer.model
+        with torch.random.fork_rng(), without_adapter(model) as (base, layers), store_of(options) as store:
+            data, _ = tokens_of(base, tokenizer, {"knowledge": self._knowledge}, options)
+            plan = adopted_plan(base, layers, model.peft_config["default"], self._method, data)
+            made = [with_penalties(plan, self._penalties, Runner(base), store, data=data, options=options)]
         broadcast_object_list(made)
         return made[0]
 
 
 def _refused(got: str, next_step: str) -> TrainError:
-    return TrainError(
-        "keeptune.Callback", got=got, wanted="one, in a Trainer that trains one model", next_step=next_step
-    )
+    wanted = "one, in a Trainer that trains one model"
+    return TrainError("keeptune.Callback", got=got, wanted=wanted, next_step=next_step)

@@ -62,15 +62,11 @@ def write_result(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # as it is loaded: without mixed precision
     done = export(model, plan, folder, base=base, tokenizer=tokenizer)
     vars(model).update(within)
-    record = _trained(trainer, plan, base.name, seconds, evaluations)
-    recipe = {
-        "trainer": f"{type(trainer).__module__.partition('.')[0]}.{type(trainer).__name__}",
-        "model": base.name,
-        "method": {"name": plan.method, **plan.options},
-        "penalties": [{"name": made.name, **made.options} for made in plan.penalties],
-        "task": {},
-        "evaluate": list(benchmarks),
-    }
+    record, kind = _trained(trainer, plan, base.name, seconds, evaluations), type(trainer)
+    name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    recipe: dict[str, Any] = {"trainer": name, "model": base.name, "task": {}, "evaluate": list(benchmarks)}
+    recipe["method"] = {"name": plan.method, **plan.options}
+    recipe["penalties"] = [{"name": made.name, **made.options} for made in plan.penalties]
     write_json(output / "trained" / "train.json", record)
     write_json(folder / "export.json", {"train": record["key"], **asdict(done)})
     write_json(output / "recipe.json", recipe)
@@ -91,15 +87,10 @@ def _trained(trainer: Any, plan: Plan, base: str, seconds: float, evaluations: E
     log, args = trainer.state.log_history, trainer.args
     loss, chosen = loss_curve(log, plan), evaluations.notes(log)
     diverged = divergence([row["loss"] for row in loss])
-    trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
-    record = {
-        "plan": plan.key,
-        "base": base,
-        "arguments": {name: getattr(args, name) for name in (*_ARGUMENTS, *_SIZES) if hasattr(args, name)},
-        "loss": loss,
-        **({"evaluations": evaluated(log)} if chosen else {}),
-        "notes": [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else []), *chosen],
-        "seconds": seconds,
-        "trained_parameters": sum(trained) - sum(t.held_back for t in plan.targets),
-    }
+    notes = [*([diverged] if diverged else []), *(conclusions(plan, loss[-1]) if loss else []), *chosen]
+    arguments = {name: getattr(args, name) for name in (*_ARGUMENTS, *_SIZES) if hasattr(args, name)}
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    record = {"plan": plan.key, "base": base, "arguments": arguments, "loss": loss, "notes": notes, "seconds": seconds}
+    record |= {"trained_parameters": trained - sum(t.held_back for t in plan.targets)}
+    record |= {"evaluations": evaluated(log)} if chosen else {}
     return {"key": content_key(record), **record}
