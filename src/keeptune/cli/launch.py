@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import echo
 
-from keeptune.cli.shared import RecipeFile, load, overrides_of
+from keeptune.cli.shared import RecipeFile, load
 
 
 def launch(
@@ -34,8 +34,9 @@ def launch(
     """Start a command in several processes, by accelerate's configuration that fits; print what one types for that."""
     from keeptune.pipeline.launching import Launch, configured, start
     from keeptune.recipe.reading import read_values
+    from keeptune.recipe.schema import parse_overrides
 
-    values = read_values(recipe, overrides_of(context))
+    values = read_values(recipe, parse_overrides([word for word in context.args if word != "--json"]))
     if not isinstance(values.get("output"), str):
         load(recipe, context)  # says so
     cpu = values.get("device") == "cpu"

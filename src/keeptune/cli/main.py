@@ -158,8 +158,8 @@ def evaluate(
 
 
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
-app.command(context_settings=OVERRIDES)(hosts.llamafactory)
-typer.Typer.command(app, context_settings=OVERRIDES)(launch.launch)  # its --json is that of what it starts
+for _starts_another in (launch.launch, hosts.llamafactory):  # launch passes --json on to it
+    typer.Typer.command(app, context_settings=OVERRIDES)(_starts_another)
 for _with_recipe in (
     init,
     doctor,

@@ -96,7 +96,7 @@ def overrides_of(context: typer.Context) -> dict[str, Any]:
     """Returns the recipe's keys that are set on the command line, dotted key to value."""
     from keeptune.recipe.schema import parse_overrides
 
-    return parse_overrides([word for word in context.args if word != "--json"])  # launch passes that on
+    return parse_overrides(context.args)
 
 
 def load(recipe: Path, context: typer.Context) -> Recipe:
