@@ -155,6 +155,7 @@ def cut_otherwise(text: str, **_: Any) -> dict[str, list[int]]:
         ({"tokenizer": staticmethod(cut_otherwise)}, {}, "into other tokens"),
         ({}, {"model": "other"}, 'wanted "other"'),
         ({}, {"model": None}, "the models base, tuned"),
+        ({}, {"model": "base"}, "base at .* twice"),
     ],
 )
 def test_servers_that_cannot_be_compared(

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from keeptune.adapter.load import check_base, load_adapter
 from keeptune.core.artefact import canonical_json
-from keeptune.core.errors import need_known
+from keeptune.core.errors import RecipeError, need_known
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.evaluation.benchmark_data import data_fingerprint
@@ -147,6 +147,9 @@ def compare_served(
     """
     benchmarks = load_suite(suite)
     servers: dict[Side, Server] = {"before": Server.at(base_url, base_model), "after": Server.at(url, model)}
+    if servers["before"] == servers["after"]:
+        got, step = f"{servers['after'].model} at {url} twice", "Name the models with --model and --base-model."
+        raise RecipeError("--base-url", got=got, wanted="the tuned model and its base", next_step=step)
     own = load_tokenizer(tokenizer or servers["before"].model)
     rows = []
     for benchmark in benchmarks:

@@ -81,12 +81,8 @@ def merge(
         ExportError: The output holds something that keeptune did not write.
     """
     if len(adapters) < 2 or len(options.weights) != len(adapters):
-        raise RecipeError(
-            "--weights",
-            got=f"{len(options.weights)} for {len(adapters)} adapter(s)",
-            wanted="at least two adapters, and a weight for each",
-            next_step="Example: keeptune merge a b --weights 0.7,0.3 --output joined",
-        )
+        got, step = f"{len(options.weights)} for {len(adapters)} adapter(s)", "Example: merge a b --weights 0.7,0.3"
+        raise RecipeError("--weights", got=got, wanted="at least two adapters, and a weight for each", next_step=step)
     refuse_foreign(output := Path(output))
     check_folder("--output", output)
     found = [TrainedModel.of(str(source), base=base) for source in adapters]
@@ -140,16 +136,15 @@ def _joined(folders: Sequence[Path], first: TrainedModel, options: Merging) -> t
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what PEFT does not join
         got, where = " ".join(str(error).split())[:300], ", ".join(map(str, folders))
         raise ModelError(where, got=got, wanted="adapters that PEFT joins", next_step="Leave one out.") from error
-    # Not times the new layer's scale, which is wrong where the first adapter has use_rslora: it is in the factors.
-    changes = {
-        name: LowRank(layer.lora_B["joined"].weight.detach().float(), layer.lora_A["joined"].weight.detach().float())
-        for name, layer in model.get_base_model().named_modules()
-        if "joined" in getattr(layer, "lora_A", ())
-    }
-    changed = {name: change for name, change in changes.items() if not change.is_zero}
-    if not changed:
+    changes = {}
+    for name, layer in model.get_base_model().named_modules():
+        if "joined" in getattr(layer, "lora_A", ()):
+            # Not times the layer's scale, which is wrong where the first adapter has use_rslora: it is in the factors.
+            B, A = (factor["joined"].weight.detach().float() for factor in (layer.lora_B, layer.lora_A))
+            changes |= {} if LowRank(B, A).is_zero else {name: LowRank(B, A)}
+    if not changes:
         raise ModelError("keeptune merge", got="a change of zero", wanted="another", next_step="Use other weights.")
-    return scheme, changed
+    return scheme, changes
 
 
 def _distance(
