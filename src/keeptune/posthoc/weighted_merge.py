@@ -136,7 +136,7 @@ def _joined(folders: Sequence[Path], first: TrainedModel, options: Merging) -> t
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what PEFT does not join
         got, where = " ".join(str(error).split())[:300], ", ".join(map(str, folders))
         raise ModelError(where, got=got, wanted="adapters that PEFT joins", next_step="Leave one out.") from error
-    changes = {}
+    changes = dict[str, LowRank]()
     for name, layer in model.get_base_model().named_modules():
         if "joined" in getattr(layer, "lora_A", ()):
             # Not times the layer's scale, which is wrong where the first adapter has use_rslora: it is in the factors.
