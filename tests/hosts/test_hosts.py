@@ -6,12 +6,13 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ValidationError
 from tests.hosts import axolotl_base
 from tests.pipeline.support import keeptune as command
@@ -19,9 +20,9 @@ from tests.pipeline.support import write_jsonl
 from tests.training.support import EXAMPLES, MODEL, TOKENIZER, arguments
 from trl import SFTConfig, SFTTrainer
 
-from keeptune.core.errors import KeeptuneError
-from keeptune.hosts.callback import Callback
-from keeptune.hosts.run_versions import warn_untried
+from keeptune.core.errors import KeeptuneError, TrainError
+from keeptune.hosts.adopted import refuse_adapter
+from keeptune.hosts.callback import Callback, warn_untried
 from keeptune.hosts.section import HostSection, callback_of
 from keeptune.model.pretrained import load_model
 
@@ -154,7 +155,7 @@ def test_a_host_of_a_version_that_was_not_tried_is_warned_of(
     module: str, found: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, module, ModuleType(module))
-    monkeypatch.setattr("keeptune.hosts.run_versions.version", lambda package: found)
+    monkeypatch.setattr("keeptune.hosts.callback.version", lambda package: found)
     warn_untried()
     assert (f"{module} {found}" in caplog.text) == warned
 
@@ -162,3 +163,17 @@ def test_a_host_of_a_version_that_was_not_tried_is_warned_of(
 def test_hosts_are_not_imported_with_keeptune() -> None:
     script = "import sys, keeptune; assert not [m for m in sys.modules if m.startswith('keeptune.hosts')]"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@dataclass
+class TheirConfig(LoraConfig):
+    """A host's own kind of LoRA, such as ms-swift's."""
+
+    lorap_emb_lr: float = 1e-6
+
+
+def test_a_lora_of_a_hosts_own_class_is_a_plain_one_unless_it_says_more() -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "target_parameters": []}  # as Axolotl writes it
+    refuse_adapter(get_peft_model(load_model(MODEL), TheirConfig(**options)), plain=True)
+    with pytest.raises(TrainError, match="got a LoRA with lorap_emb_lr=0.1"):
+        refuse_adapter(get_peft_model(load_model(MODEL), TheirConfig(**options, lorap_emb_lr=0.1)), plain=True)

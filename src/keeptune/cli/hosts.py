@@ -15,6 +15,6 @@ def llamafactory(
     file: Annotated[Path, typer.Argument(help="LLaMA-Factory's YAML file, with a section `keeptune:`.")],
 ) -> None:
     """Train with LLaMA-Factory, and keeptune in its trainer; its keys can be set as --key value."""
-    from keeptune.hosts.llamafactory import run_llamafactory
+    from keeptune.hosts.programs import run_llamafactory
 
     run_llamafactory(file, overrides_of(context))

@@ -83,9 +83,10 @@ def refuse_adapter(model: PreTrainedModel | PeftModel, *, plain: bool) -> None:
         return
     if model.active_adapters != ["default"]:
         raise _refused(f"the active adapters {named(model.active_adapters)}", "Have one active, and name it default.")
-    config, usual = model.peft_config["default"], LoraConfig()
+    config = model.peft_config["default"]
     if not isinstance(config, LoraConfig):
         raise _refused(f"an adapter of the kind {config.peft_type}", _LORA)
+    usual = type(config)()  # of a host's own class, with fields of its own
     head = bool(head_of(model.get_base_model()))
     special = [
         f"{field}={value!r}"

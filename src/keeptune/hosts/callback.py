@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -18,7 +21,6 @@ from keeptune.core.plan import Plan
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.hosts.adopted import adopted_plan, refuse_adapter, refuse_start, without_adapter
 from keeptune.hosts.result import result_folder, tokenizer_of, write_result
-from keeptune.hosts.run_versions import warn_untried
 from keeptune.methods.base import Method
 from keeptune.methods.keep import Keep
 from keeptune.model.runner import Runner
@@ -30,6 +32,14 @@ from keeptune.training.evaluations import Evaluations, add_evaluations
 from keeptune.training.guard import Guard
 
 _DEFAULTS = PlanOptions()
+_log = logging.getLogger(__name__)
+# Modules of hosts, their packages, and the versions that were run (docs/guides/hosts.md).
+_RUN = {
+    "axolotl": ("axolotl", "0.21"),
+    "llamafactory": ("llamafactory", "0.9"),
+    "swift": ("ms-swift", "4.6"),
+    "unsloth": ("unsloth", "2026.10"),
+}
 
 
 class Callback(TrainerCallback):
@@ -169,5 +179,22 @@ class Callback(TrainerCallback):
 
 
 def _refused(got: str, next_step: str) -> TrainError:
+<<<<<<< HEAD
     wanted = "one, in a Trainer that trains one model"
     return TrainError("keeptune.Callback", got=got, wanted=wanted, next_step=next_step)
+=======
+    return TrainError(
+        "keeptune.Callback", got=got, wanted="one, in a Trainer that trains one model", next_step=next_step
+    )
+
+
+def warn_untried() -> None:
+    """Logs a warning for each host at work here that is of another version than was run."""
+    for package, run in (_RUN[module] for module in _RUN.keys() & sys.modules.keys()):
+        try:
+            found = version(package)
+        except PackageNotFoundError:  # a module of that name, of no package
+            continue
+        if not f"{found}.".startswith(f"{run}."):
+            _log.warning("keeptune: %s %s: only %s.x was run (docs/guides/hosts.md)", package, found, run)
+>>>>>>> ecdc9651 (Adopt LoRAs of hosts' own classes; say what was run in four hosts, and of which versions)

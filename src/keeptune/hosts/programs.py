@@ -1,4 +1,4 @@
-"""LLaMA-Factory's training with a section ``keeptune:`` in its YAML file."""
+"""Hosts that are programs: Axolotl's plugin, and LLaMA-Factory with a section ``keeptune:`` in its YAML file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from keeptune.core.errors import RecipeError
-from keeptune.hosts.section import callback_of
+from keeptune.hosts.section import HostSection, callback_of
 from keeptune.recipe.reading import read_values
+
+
+class AxolotlArgs(BaseModel):
+    """What the plugin adds to Axolotl's own keys."""
+
+    keeptune: HostSection
+
+
+def axolotl_plugin() -> type[Any]:
+    """Returns the class of ``plugins: [keeptune.hosts.AxolotlPlugin]``, on the base class of this Axolotl."""
+    from axolotl.integrations.base import BasePlugin
+
+    class AxolotlPlugin(BasePlugin):
+        """Adds the callback to the trainer that Axolotl makes."""
+
+        def get_input_args(self) -> str:
+            """Returns the name of the model of its keys."""
+            return f"{__name__}.{AxolotlArgs.__name__}"
+
+        def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+            """Returns the callback."""
+            return [callback_of(cfg["keeptune"], "axolotl, key keeptune")]
+
+    return AxolotlPlugin
 
 
 def run_llamafactory(path: Path, overrides: Mapping[str, Any] | None = None) -> None:
@@ -19,7 +45,7 @@ def run_llamafactory(path: Path, overrides: Mapping[str, Any] | None = None) -> 
         overrides: Dotted key to value, such as ``{"learning_rate": 1e-4}``.
 
     Raises:
-        RecipeError: The section is missing or wrong, or LLaMA-Factory is not installed.
+        KeeptuneError: The section is missing or wrong, or LLaMA-Factory is not installed.
     """
     values = read_values(path, overrides)
     callback = callback_of(values.pop("keeptune", None), f"{path}, key keeptune")
