@@ -179,13 +179,8 @@ class Callback(TrainerCallback):
 
 
 def _refused(got: str, next_step: str) -> TrainError:
-<<<<<<< HEAD
     wanted = "one, in a Trainer that trains one model"
     return TrainError("keeptune.Callback", got=got, wanted=wanted, next_step=next_step)
-=======
-    return TrainError(
-        "keeptune.Callback", got=got, wanted="one, in a Trainer that trains one model", next_step=next_step
-    )
 
 
 def warn_untried() -> None:
@@ -197,4 +192,3 @@ def warn_untried() -> None:
             continue
         if not f"{found}.".startswith(f"{run}."):
             _log.warning("keeptune: %s %s: only %s.x was run (docs/guides/hosts.md)", package, found, run)
->>>>>>> ecdc9651 (Adopt LoRAs of hosts' own classes; say what was run in four hosts, and of which versions)
