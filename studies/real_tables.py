@@ -45,7 +45,9 @@ the tuned model on texts that the base wrote with another seed, the mean of plai
 seconds (the base's texts were written before); *time*: those of training over the mean of LoRA's; a machine that others
 use made both vary. One seed, few hundred items: differences within the intervals are noise.
 
-![Forgotten against learned](real/real.png)
+![What each row forgot on average](real/real.png)
+
+Beside each name: the task's score, nats per token for word problems.
 """
 
 
@@ -70,6 +72,11 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         found.setdefault((row["model"], row["task"]), []).append(row)
     return {key: sorted(some, key=lambda row: forgotten(row)[0]) for key, some in found.items()}
+
+
+def label(row: Row) -> str:
+    """The entry, and its seed where it is not the first."""
+    return row["entry"] + (f" (seed {row['seed']})" if row["seed"] else "")
 
 
 def is_nats(score: Row) -> bool:
@@ -121,10 +128,9 @@ def table(rows: Sequence[Row]) -> str:
         time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain):.2f}" if plain and "train" in seconds else ""
         if row["entry"].startswith(("lora scaled", "repair", "fapm")):
             time = f"+{seconds.get('repair', 0):.0f} s"
-        label = row["entry"] + (f" (seed {row['seed']})" if row["seed"] else "")
         changes = [difference(scores[name]) for name in KEPT]
         numbers = [f"{scores[task]['after']:.3f}", *changes, f"{share:.1%} ± {half:.1%}", f"{kl:.4f}", time]
-        lines.append(line(label, *numbers))
+        lines.append(line(label(row), *numbers))
     return "\n".join(lines) + "\n"
 
 
@@ -189,21 +195,22 @@ def against(score: Row, best: Row) -> str:
 
 
 def picture(rows: Sequence[Row]) -> Figure:
-    """What was forgotten on average against the task's score, a plot for each model and task."""
-    families = list(dict.fromkeys(row["entry"].partition(",")[0] for row in rows))
+    """What each row forgot on average, the task's score beside its name; a plot for each model and task."""
+    every = groups(rows)
+    colours = {"keep": look(1).colour, "lora": look(0).colour}
     with themed():
-        made = page(1.5 + 4.6 * len(groups(rows)), 5.4)
-        plots = made.subplots(1, len(groups(rows)), squeeze=False, sharey=True)[0]
-        for axes, ((model, task), some) in zip(plots, groups(rows).items(), strict=True):
-            for index, family in enumerate(families):
-                own = sorted((row for row in some if row["entry"].partition(",")[0] == family), key=learned)
-                x, y = [learned(row) for row in own], [[100 * part for part in forgotten(row)] for row in own]
-                drawn, (share, half) = look(index), zip(*y, strict=True) if y else ((), ())
-                style = {"color": drawn.colour, "lw": 0.8, "marker": drawn.shape, "ms": 6, "elinewidth": 0.6}
-                axes.errorbar(x, share, half, label=family, **style)
-            axes.axhline(0, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-            unit = "minus nats per token" if task == "gsm8k" else "exact match"
-            frame(axes, f"learned: {task} ({unit})", "forgotten on average, %" if axes is plots[0] else "")
-            axes.set_title(NAMES.get(model, model))
-        made.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        made = page(9.5, 1.2 * len(every) + 0.24 * len(rows))
+        heights = [len(some) + 3 for some in every.values()]
+        plots = made.subplots(len(every), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+        for axes, ((model, task), some) in zip(plots, every.items(), strict=True):
+            names = [f"{label(row)}   {abs(learned(row)):.3f}" for row in some]
+            for place, row in enumerate(some):
+                share, half = (100 * part for part in forgotten(row))
+                colour = colours.get(row["entry"].partition(",")[0], MUTED)
+                axes.errorbar(share, place, xerr=half, fmt="o", color=colour, ms=5.5, elinewidth=1.0)
+            axes.axvline(0, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+            frame(axes, "forgotten on average, %" if axes is plots[-1] else "")
+            axes.set_yticks(range(len(some)), names)
+            axes.set_ylim(len(some) - 0.4, -0.6)
+            axes.set_title(f"{NAMES.get(model, model)}: {TASKS[task]}")
         return finish(made)
