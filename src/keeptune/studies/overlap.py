@@ -15,9 +15,7 @@ from keeptune.methods.loki import Loki, select
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.planning import PlanOptions, statistics_for
 from keeptune.recipe.schema import Recipe
-from keeptune.report.pages.study_charts import overlap_charts
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
-from keeptune.studies.figure_files import write_figure_files
 
 # What is taken: of each block, or of all blocks together, the lowest or the highest.
 Where = Literal["layer-balanced", "layer-high", "global-low", "global-high"]
@@ -187,6 +185,9 @@ def overlap(
     }
     what = content_key([q, sides, [job.calibration and job.calibration.fingerprint for job in jobs]])
     folder = recipe.output / "overlap" / what[:12]
+    from keeptune.report.pages.study_charts import overlap_charts  # loads plotly and matplotlib
+    from keeptune.studies.figure_files import write_figure_files
+
     write_figure_files(folder / "overlap.png", record, overlap_charts(record))
     return record | {"folder": str(folder)}
 
