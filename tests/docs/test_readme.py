@@ -44,7 +44,7 @@ def test_the_guide_to_ones_own_trainer_runs(tmp_path: Path, monkeypatch: pytest.
     """On atlas, for two steps; its numbers on the page are of SmolLM2."""
     monkeypatch.chdir(tmp_path)
     code = block(OWN, "python").replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_path()))
-    code = code.replace("generate=64", "generate=8").replace("max_steps=60", "max_steps=2, use_cpu=True")
+    code = code.replace("generate=64", "generate=8").replace("max_steps=40", "max_steps=2, use_cpu=True")
     exec(compile(code, OWN.name, "exec"), {"__name__": "guide"})
     report = json.loads((tmp_path / "runs/mine/keeptune/report.json").read_text())
     assert [row["name"] for row in report["methods"][0]["benchmarks"]] == ["topics"]
