@@ -11,7 +11,7 @@ from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets
 from keeptune.model.runner import Runner, Taps
-from keeptune.posthoc.repair_equations import Curve, damped, directions, mu_for_drift, solution
+from keeptune.posthoc.repair_equations import Curve, Solution, damped, directions, mu_for_drift
 from keeptune.statistics.covariance import InputCovariance
 
 WIDTH, LAYERS, VOCABULARY, RANK, MU = 512, 4, 8192, 16, 0.3
@@ -52,7 +52,7 @@ def rows() -> list[dict[str, str]]:
     def shared() -> list[LowRank]:
         found = []
         for name, group in groups.items():
-            solved = solution(omega_t[name], omega[name], MU)
+            solved = Solution(omega_t[name], omega[name], MU)
             found += [solved.of(changes[target.name]) for target in group]
         return found
 

@@ -80,12 +80,12 @@ def test_repair_reads_the_data_of_a_run_as_the_run_did(
     run = job(recipe_values(task={"train": files["chat"]}, knowledge={"file": files["chat"]}), tmp_path)
     (tmp_path / "out" / "plan").mkdir(parents=True)
     (tmp_path / "out" / "recipe.json").write_text(json.dumps(run.recipe.written()), encoding="utf-8")
-    found = read_files(str(tmp_path / "out"), Files(task_examples=4))
-    assert found.task is not None
-    assert found.knowledge is not None
-    assert found.knowledge[0].read_texts == run.knowledge[0].read_texts
-    assert len(found.task) == 4
-    assert set(found.task.read_texts) <= set(run.task.read_texts)
+    knowledge, task, _ = read_files(str(tmp_path / "out"), Files(task_examples=4))
+    assert task is not None
+    assert knowledge is not None
+    assert knowledge[0].read_texts == run.knowledge[0].read_texts
+    assert len(task) == 4
+    assert set(task.read_texts) <= set(run.task.read_texts)
 
 
 def test_conversations_without_a_template_are_refused_before_anything_is_computed(

@@ -10,14 +10,15 @@ from tests.models import relative
 from tests.reference.repair_reference import covariance, objective, repaired_by_least_squares
 from torch import Tensor
 
+from keeptune.core.errors import DataError
 from keeptune.core.low_rank import LowRank
 from keeptune.posthoc.repair_equations import (
     Curve,
+    Solution,
     damped,
     directions,
     mu_for_drift,
     output_energy,
-    solution,
     white_like,
 )
 
@@ -43,11 +44,11 @@ OMEGA_T, OMEGA_K = covariance(TASK), covariance(KNOWLEDGE)
 
 
 DAMPED = damped(OMEGA_T, DAMPING)
-ALONG = directions(DAMPED, OMEGA_K)
+RATIOS, INVERSE = ALONG = directions(DAMPED, OMEGA_K)
 
 
 def repaired(start: LowRank, mu: float, omega_k: Tensor = OMEGA_K) -> LowRank:
-    return solution(DAMPED, omega_k, mu).of(start)
+    return Solution(DAMPED, omega_k, mu).of(start)
 
 
 def test_damping_is_a_share_of_the_mean_eigenvalue() -> None:
@@ -57,10 +58,10 @@ def test_damping_is_a_share_of_the_mean_eigenvalue() -> None:
 
 
 def test_directions_diagonalise_both_covariances() -> None:
-    assert relative(ALONG.inverse.T @ ALONG.inverse, DAMPED) < 1e-9
-    assert relative(ALONG.inverse.T @ ALONG.ratios.diag() @ ALONG.inverse, OMEGA_K) < 1e-9
-    assert torch.equal(ALONG.ratios, ALONG.ratios.sort().values)
-    null = directions(DAMPED, covariance(rows(30, 50, rank=5))).ratios
+    assert relative(INVERSE.T @ INVERSE, DAMPED) < 1e-9
+    assert relative(INVERSE.T @ RATIOS.diag() @ INVERSE, OMEGA_K) < 1e-9
+    assert torch.equal(RATIOS, RATIOS.sort().values)
+    null, _ = directions(DAMPED, covariance(rows(30, 50, rank=5)))
     assert float(null[: N - 5].max()) < 1e-9 * float(null[-1])
     assert float(null.min()) >= 0
 
@@ -73,7 +74,7 @@ def test_the_closed_form_is_the_least_squares_solution_on_rows(mu: float) -> Non
 
 def test_the_closed_form_where_the_data_have_fewer_rows_than_features() -> None:
     task, knowledge = rows(5, 30), rows(4, 40)
-    result = solution(damped(covariance(task), 1e-2), covariance(knowledge), 0.5).of(change())
+    result = Solution(damped(covariance(task), 1e-2), covariance(knowledge), 0.5).of(change())
     wanted = repaired_by_least_squares(change().dense(), task, knowledge, 0.5, 1e-2)
     assert relative(result.dense(), wanted) < 1e-8
 
@@ -124,7 +125,7 @@ def test_the_product_does_not_depend_on_its_factors() -> None:
 @pytest.mark.parametrize("mu", (0.0, 0.3))
 def test_no_other_change_of_a_lower_rank_has_a_smaller_objective(mu: float) -> None:
     start, rank = LowRank(draw(M, N, seed=5), torch.eye(N, dtype=torch.float64)), 2
-    best = solution(DAMPED, OMEGA_K, mu).of_rank(start, rank)
+    best = Solution(DAMPED, OMEGA_K, mu).of_rank(start, rank)
     assert best.rank == rank
 
     def cost(other: LowRank) -> float:
@@ -137,7 +138,7 @@ def test_no_other_change_of_a_lower_rank_has_a_smaller_objective(mu: float) -> N
         assert cost(LowRank(best.B + size * draw(M, rank, seed=200 + seed), best.A)) > least
         assert cost(LowRank(best.B, best.A + size * draw(rank, N, seed=300 + seed))) > least
     assert output_energy(best, OMEGA_K) < output_energy(whole, OMEGA_K)
-    assert relative(solution(DAMPED, OMEGA_K, mu).of_rank(start, M).dense(), whole.dense()) < 1e-9
+    assert relative(Solution(DAMPED, OMEGA_K, mu).of_rank(start, M).dense(), whole.dense()) < 1e-9
 
 
 def test_a_change_in_whole_is_repaired_as_in_low_rank() -> None:
@@ -189,13 +190,13 @@ def test_a_drift_within_the_budget_changes_nothing() -> None:
 def test_without_task_data_the_nearest_change_is_kept() -> None:
     tau = float(OMEGA_K.trace()) / N
     wanted = change().dense() @ torch.linalg.inv(torch.eye(N, dtype=torch.float64) + 0.3 * OMEGA_K / tau)
-    assert relative(solution(white_like(OMEGA_K), OMEGA_K, 0.3).of(change()).dense(), wanted) < 1e-9
+    assert relative(Solution(white_like(OMEGA_K), OMEGA_K, 0.3).of(change()).dense(), wanted) < 1e-9
 
 
 def test_a_direction_that_no_data_use_is_kept_and_one_that_only_knowledge_uses_is_removed() -> None:
     task, knowledge = torch.zeros(N, N, dtype=torch.float64), torch.zeros(N, N, dtype=torch.float64)
     task[0, 0], knowledge[1, 1] = 1.0, 1.0
-    result = solution(damped(task, 1e-4), knowledge, 10.0).of(change()).dense()
+    result = Solution(damped(task, 1e-4), knowledge, 10.0).of(change()).dense()
     start = change().dense()
     assert relative(result[:, 2:], start[:, 2:]) < 1e-9
     assert relative(result[:, 0], start[:, 0]) < 1e-9
@@ -203,13 +204,15 @@ def test_a_direction_that_no_data_use_is_kept_and_one_that_only_knowledge_uses_i
 
 
 def test_negative_control_the_two_covariances_are_not_alike() -> None:
-    exchanged = solution(damped(OMEGA_K, DAMPING), OMEGA_T, 1.0).of(change())
+    exchanged = Solution(damped(OMEGA_K, DAMPING), OMEGA_T, 1.0).of(change())
     assert relative(exchanged.dense(), repaired(change(), 1.0).dense()) > 1e-2
 
 
 def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="drift"):
         mu_for_drift([Curve.of(change(), ALONG, 1.0)], 0.0)
+    with pytest.raises(DataError, match="no token reached"):
+        mu_for_drift([], 0.1)
     with pytest.raises(ValueError, match="damping"):
         damped(OMEGA_T, 0.0)
     with pytest.raises(ValueError, match="mean eigenvalue"):

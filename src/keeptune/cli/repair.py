@@ -47,7 +47,8 @@ def repair(
     from keeptune.posthoc.repair_files import Files, read_files
     from keeptune.report.tables.analyses import print_repair
 
-    data = read_files(adapter, Files(knowledge, text, task, prompt, completion, evaluate, examples, task_examples))
+    files = Files(knowledge, text, task, prompt, completion, evaluate, examples, task_examples)
+    known, learned, benchmarks = read_files(adapter, files)
     options = Repair(
         drift=drift,
         mu=mu,
@@ -60,9 +61,7 @@ def repair(
         store=store,
         device=device,
     )
-    record = repair_adapter(
-        adapter, output, options, knowledge=data.knowledge, task=data.task, base=base, benchmarks=data.benchmarks
-    )
+    record = repair_adapter(adapter, output, options, knowledge=known, task=learned, base=base, benchmarks=benchmarks)
     print_repair(record, Console())
     seconds = record["seconds"]
     echo(f"statistics {seconds['statistics']:.1f} s, solve {seconds['solve']:.1f} s")

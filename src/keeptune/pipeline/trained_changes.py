@@ -36,7 +36,6 @@ from keeptune.core.weights import is_linear_map, is_quantised, read_weight
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
 from keeptune.model.pretrained import Dtype, LoadOptions, load_floats, load_model
-from keeptune.pipeline.merge import base_of, head_of_adapter, original_in, quantised_in, trained_in
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
@@ -57,7 +56,9 @@ class TrainedModel:
         head: Of a classifier; None for a language model.
         dtype: That of the base in training; ``"auto"`` where keeptune did not train.
         device: Where models run.
-        quantization: How the base was quantised in training; None where it was not.
+        quantization: How the base was quantised as it was loaded for training; None where it was not, or as it is
+            stored.
+        original: Path or hub id of what a quantised base was before, as the export found it.
     """
 
     source: str
@@ -67,21 +68,44 @@ class TrainedModel:
     dtype: Dtype
     device: str
     quantization: Mapping[str, Any] | None = None
+    original: str | None = None
 
     @classmethod
     def of(cls, source: str, *, base: str | None = None, device: str = "cpu") -> TrainedModel:
         """Looks a trained model up, without loading it; a base of None is the one that the source names.
 
         Raises:
-            ModelError: The source names no base, or is a run that exported nothing yet.
+            ModelError: The source names no base, is a run that exported nothing yet, or a classifier of unknown labels.
         """
         folder = _result_of(source)
+        record, config = _json(folder / SIDECAR), _json(folder / "adapter_config.json")
+        base = base or (config.get("base_model_name_or_path") if config else record.get("base"))
         if not base:
-            is_adapter = (folder / "adapter_config.json").is_file()
-            base = base_of(folder) if is_adapter else _base_of_whole(folder, source)
-        dtype: Dtype = trained_in(folder) or "auto"
-        head, quantization = head_of_adapter(folder), quantised_in(folder)
-        return cls(source, folder, resolve_model(base), head, dtype, device, quantization)
+            raise ModelError(
+                source,
+                got="a model or an adapter that names no base" if folder.is_dir() else "no such folder, and no --base",
+                wanted="the base that it was tuned from",
+                next_step="Name it with --base, or pass a run or an adapter folder.",
+            )
+        labels, provenance = record.get("labels"), record.get("provenance", {})
+        if labels is None and config.get("task_type") == "SEQ_CLS":
+            raise ModelError(
+                f"adapter {folder}",
+                got=f"a classifier without keeptune's {SIDECAR}",
+                wanted="the labels that it distinguishes",
+                next_step="Merge it with PEFT: load the base with its number of labels, then merge_and_unload().",
+            )
+        packed = record.get("quantization") or provenance.get("quantization")
+        return cls(
+            source,
+            folder,
+            resolve_model(str(base)),
+            None if labels is None else Head(tuple(labels)),  # the base's own may be any: it is replaced
+            provenance.get("dtype") or "auto",
+            device,
+            None if "trained_on" in record else packed,  # merged into the original
+            record.get("export", {}).get("original"),
+        )
 
     @property
     def is_adapter(self) -> bool:
@@ -101,8 +125,7 @@ class TrainedModel:
     def export_base(self) -> Base:
         """The base as exports take it."""
         floats = LoadOptions(dtype=self.dtype, device=self.device, head=self.head)
-        original = original_in(self.folder)
-        return Base(self.base, self.load_base, partial(load_floats, options=floats), original, self.quantization)
+        return Base(self.base, self.load_base, partial(load_floats, options=floats), self.original, self.quantization)
 
     def load_tuned(self) -> PreTrainedModel:
         """Loads the adapter on a fresh base, or the whole model, in evaluation mode."""
@@ -262,14 +285,5 @@ def _result_of(source: str) -> Path:
     return find_result(folder) if is_run else folder
 
 
-def _base_of_whole(folder: Path, source: str) -> str:
-    """Returns the base of a whole model, from keeptune's own record."""
-    named = read_json(folder / SIDECAR).get("base") if (folder / SIDECAR).is_file() else None
-    if named is None:
-        raise ModelError(
-            source,
-            got="a whole model that names no base" if folder.is_dir() else "no such folder, and no --base",
-            wanted="the base that it was tuned from",
-            next_step="Name it with --base, or measure an adapter folder.",
-        )
-    return str(named)
+def _json(file: Path) -> dict[str, Any]:
+    return dict(read_json(file)) if file.is_file() else {}

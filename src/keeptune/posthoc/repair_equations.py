@@ -28,25 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keeptune.core.errors import DataError
 from keeptune.core.low_rank import LowRank
 
 _TOLERANCE = 1e-9  # of log μ
 _LARGEST_MU = 1e30
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Directions:
-    """The joint eigenvectors of the two covariances of an input group, shared by all targets fed by it (q/k/v).
-
-    Laws: ``inverseᵀ inverse == Ω_t`` (damped); ``inverseᵀ diag(ratios) inverse == Ω_k``.
-
-    Args:
-        ratios: λ, ``(n,)``, ascending, not negative.
-        inverse: ``V⁻¹``, ``(n, n)``: from a row to its lengths along the directions.
-    """
-
-    ratios: Tensor
-    inverse: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +53,11 @@ class Curve:
     scale: float
 
     @classmethod
-    def of(cls, change: LowRank, along: Directions, scale: float) -> Curve:
-        """Returns the curve of ΔW, ``(m, n)``, along the directions of its input group."""
-        B, A = change.B.double(), change.A.double()
-        coordinates = A @ along.inverse.T
-        return cls(((B.T @ B) @ coordinates * coordinates).sum(0).clamp_min(0), along.ratios, scale)
+    def of(cls, change: LowRank, along: tuple[Tensor, Tensor], scale: float) -> Curve:
+        """Returns the curve of ΔW, ``(m, n)``, along the :func:`directions` of its input group."""
+        B, (ratios, inverse) = change.B.double(), along
+        coordinates = change.A.double() @ inverse.T
+        return cls(((B.T @ B) @ coordinates * coordinates).sum(0).clamp_min(0), ratios, scale)
 
     def at(self, mu: float) -> float:
         """Returns the drift that repair with μ leaves, ``tr(ΔW' Ω_k ΔW'ᵀ) / tr(W Ω_k Wᵀ)``."""
@@ -101,19 +87,25 @@ def damped(omega_t: Tensor, damping: float) -> Tensor:
     return matrix
 
 
-def directions(omega_t: Tensor, omega_k: Tensor) -> Directions:
+def directions(omega_t: Tensor, omega_k: Tensor) -> tuple[Tensor, Tensor]:
     """Solves ``Ω_k v = λ Ω_t v`` in float64, by one Cholesky factorisation and one symmetric eigenproblem.
+
+    Laws: ``inverseᵀ inverse == Ω_t`` (damped); ``inverseᵀ diag(ratios) inverse == Ω_k``.
 
     Args:
         omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
         omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
+
+    Returns:
+        The ratios λ, ``(n,)``, ascending, not negative; and the inverse ``V⁻¹``, ``(n, n)``: from a row to its lengths
+        along the directions.
     """
     L = torch.linalg.cholesky(omega_t.double())
     half = torch.linalg.solve_triangular(L, omega_k.double(), upper=False)
     both = torch.linalg.solve_triangular(L, half.T, upper=False)
     ratios, Q = torch.linalg.eigh((both + both.T) / 2)
     # Rounding makes eigenvalues of a null space slightly negative; none is, and drift would rise with μ.
-    return Directions(ratios.clamp_min(0), Q.T @ L.T)
+    return ratios.clamp_min(0), Q.T @ L.T
 
 
 def white_like(omega_k: Tensor) -> Tensor:
@@ -126,7 +118,6 @@ def white_like(omega_k: Tensor) -> Tensor:
     return torch.eye(n, dtype=torch.float64, device=omega_k.device) * (omega_k.double().trace() / n)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Solution:
     """(2) for one input group and one μ: one Cholesky factorisation serves every change.
 
@@ -135,18 +126,20 @@ class Solution:
     change itself, bit for bit; as μ grows the change falls into the null space of Ω_k.
 
     Args:
-        omega_t: Ω_t, ``(n, n)``, float64.
-        root: The lower triangular L with ``L Lᵀ = Ω_t + μ Ω_k``; None where μ is 0.
+        omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
+        omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
+        mu: μ, finite and not negative.
     """
 
-    omega_t: Tensor
-    root: Tensor | None
+    def __init__(self, omega_t: Tensor, omega_k: Tensor, mu: float) -> None:
+        self._omega_t = omega_t.double()
+        self._root = torch.linalg.cholesky(self._omega_t + mu * omega_k.double()) if mu else None
 
     def of(self, change: LowRank) -> LowRank:
         """Repairs ΔW, ``(m, n)`` (2): B is the same tensor, A has the dtype it had."""
-        if self.root is None:
+        if self._root is None:
             return change
-        A = torch.cholesky_solve(self.omega_t @ change.A.double().T, self.root).T
+        A = torch.cholesky_solve(self._omega_t @ change.A.double().T, self._root).T
         return LowRank(change.B, A.to(change.A.dtype).contiguous())
 
     def of_rank(self, change: LowRank, rank: int) -> LowRank:
@@ -158,21 +151,9 @@ class Solution:
         if rank >= whole.rank:
             return whole
         dense = whole.B.double() @ whole.A.double()
-        root = torch.linalg.cholesky(self.omega_t) if self.root is None else self.root
+        root = torch.linalg.cholesky(self._omega_t) if self._root is None else self._root
         U = torch.linalg.svd(dense @ root, full_matrices=False).U[:, :rank]
         return LowRank(U.to(change.B.dtype).contiguous(), (U.T @ dense).to(change.A.dtype))
-
-
-def solution(omega_t: Tensor, omega_k: Tensor, mu: float) -> Solution:
-    """Prepares (2) for all targets of an input group.
-
-    Args:
-        omega_t: Ω_t, ``(n, n)``, positive definite: :func:`damped`.
-        omega_k: Ω_k, ``(n, n)``, symmetric positive semi-definite.
-        mu: μ, finite and not negative.
-    """
-    omega_t = omega_t.double()
-    return Solution(omega_t, torch.linalg.cholesky(omega_t + mu * omega_k.double()) if mu else None)
 
 
 def output_energy(change: LowRank, omega: Tensor) -> float:
@@ -188,10 +169,16 @@ def mu_for_drift(curves: Sequence[Curve], drift: float) -> float:
     within the budget already.
 
     Raises:
-        ValueError: There is no curve, or the budget is not above 0.
+        DataError: There is no curve, for no token of the data reached a target.
+        ValueError: The budget is not above 0.
     """
-    if not curves or not drift > 0:
-        raise ValueError(f"mu_for_drift: got {len(curves)} curves and drift {drift}, wanted some, and drift above 0")
+    if not curves:
+        got, wanted = "data of which no token reached a changed target", "data that reach some of them"
+        raise DataError(
+            "repair", got=got, wanted=wanted, next_step="Add knowledge, or leave these targets as they are."
+        )
+    if not drift > 0:
+        raise ValueError(f"mu_for_drift: got drift {drift}, wanted one above 0")
 
     def mean(mu: float) -> float:
         return sum(curve.at(mu) for curve in curves) / len(curves)

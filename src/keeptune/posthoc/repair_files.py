@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
@@ -52,18 +52,15 @@ class Files:
     task_examples: int = 256
 
 
-class RepairData(NamedTuple):
-    """The examples of those files: sets of knowledge (None for none), the task (None for none), and what is scored."""
-
-    knowledge: tuple[LanguageExamples, ...] | None
-    task: LanguageExamples | None
-    benchmarks: tuple[Benchmark, ...]
-
-
-def read_files(adapter: str, files: Files) -> RepairData:
+def read_files(
+    adapter: str, files: Files
+) -> tuple[tuple[LanguageExamples, ...] | None, LanguageExamples | None, tuple[Benchmark, ...]]:
     """Reads the data of a repair, and checks that nothing is scored that is used.
 
     An adapter in a run folder brings the files and templates of its recipe.
+
+    Returns:
+        The sets of knowledge (None for none), the task (None for none), and what is scored.
 
     Raises:
         RecipeError: A template is missing.
@@ -86,7 +83,7 @@ def read_files(adapter: str, files: Files) -> RepairData:
     benchmarks = () if files.evaluate is None else tuple(load_recipe(files.evaluate).evaluate)
     for benchmark in benchmarks:
         refuse_used(used, benchmark)
-    return RepairData(tuple(sets) or None, task, benchmarks)
+    return tuple(sets) or None, task, benchmarks
 
 
 def _sections(own: Any, files: Files) -> list[Mapping[str, Any]]:

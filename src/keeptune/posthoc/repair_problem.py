@@ -26,7 +26,7 @@ from keeptune.model.pretrained import load_tokenizer
 from keeptune.model.runner import Runner
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.pipeline.trained_changes import TrainedModel
-from keeptune.posthoc.repair_equations import Curve, damped, directions, output_energy, solution, white_like
+from keeptune.posthoc.repair_equations import Curve, Solution, damped, directions, output_energy, white_like
 from keeptune.statistics.collect import Statistics, collect
 from keeptune.statistics.covariance import InputCovariance
 from keeptune.statistics.request import DataRole
@@ -180,7 +180,7 @@ class RepairProblem:
         solved = {name: c.truncated(rank) if c.rank > rank else c for name, c in unseen.items()}
         rows = []
         for members, omega_t, omega_k in self._groups("repair"):
-            repaired = solution(damped(omega_t, self.damping), omega_k, mu)
+            repaired = Solution(damped(omega_t, self.damping), omega_k, mu)
             for target in members:
                 change, exact = self._change(target), target.name in self.start.exact
                 new = repaired.of(change) if exact else repaired.of_rank(change, rank)
