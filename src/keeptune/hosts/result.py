@@ -20,6 +20,7 @@ from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import conclusions
+from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.scoring import result_fingerprint, score
 from keeptune.training.evaluations import Evaluations, evaluated
 from keeptune.training.guard import divergence
@@ -77,7 +78,6 @@ def write_result(
     weights = result_fingerprint(folder)
     for one in benchmarks:
         score(of, one, pair, output / "evaluation", weights, None)
-    from keeptune.pipeline.reporting import write_report  # loads plotly
 
     write_report([output], output)
     _log.info("keeptune: %s, checked on a fresh base; report in %s", folder, output / "report.html")

@@ -20,7 +20,6 @@ from keeptune.pipeline.scoring import find_result, result_fingerprint
 from keeptune.report.pages.card import model_card, same_but_versions
 from keeptune.report.pages.item_rows import lost_and_gained
 from keeptune.report.pages.page import repeat
-from keeptune.report.pages.run_page import write_html
 
 _FULL = "full"
 _TRACE = Path("trace", "trace.json")  # where `keeptune trace --output <run>/trace` puts it
@@ -190,6 +189,8 @@ def write_report(
             return there
     report["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(record, report)
+    from keeptune.report.pages.run_page import write_html  # loads plotly
+
     write_html(report, page, _extras(runs, entries, output))
     return report
 

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
-from plotly.offline import get_plotlyjs as plotly_source
-from plotly.utils import PlotlyJSONEncoder
 
 from keeptune.core.errors import ArtefactError
 from keeptune.core.versions import versions
+
+if TYPE_CHECKING:
+    from keeptune.report.pages.charts import Chart
 from keeptune.report.numbers import count, duration, gap, number, set_options
-from keeptune.report.pages.charts import Chart
 
 # plotly.js adds styles of its own.
 _POLICY = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -34,6 +34,13 @@ def environment(autoescape: bool = True) -> Environment:
     return made
 
 
+def plotly_source() -> str:
+    """Returns plotly.js; of the pages alone, as a card needs none of it."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
 def render(template: str, charts: Sequence[Chart | None], base: object, changed: Any = None, **values: Any) -> str:
     """Returns a page; the same values always give the same text.
 
@@ -44,6 +51,8 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
         changed: The items to search, as from :func:`keeptune.report.pages.item_rows.lost_and_gained`.
         values: What the template prints besides; everything is escaped.
     """
+    from plotly.utils import PlotlyJSONEncoder
+
     figures = {chart.name: chart.figure.to_plotly_json() for chart in charts if chart is not None}
     data = {"figures": figures} | ({"items": changed["rows"]} if changed else {})
     scripts, path = [plotly_source(), _source("page.js")], Path(str(base))
