@@ -157,6 +157,8 @@ def measured(folder: Path, file: Path, scratch: Path, *, quantised: bool = True,
         tuned = load_model(str(folder / "merged"), _FLOATS)
         with server("-m", str(Path(done["file"]))) as address:
             record["f32"] = apart(tuned, prompts, served(address, prompts, new))
+        if not quantised:
+            return record
         small = export_gguf(folder, GgufOptions(str(file), True, "q8_0", scratch / "small"))
         with server("-m", str(small["file"])) as address:
             record["q8_0"] = apart(tuned, prompts, served(address, prompts, new))
