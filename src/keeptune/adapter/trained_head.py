@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import PlanError, nearest
+from keeptune.core.errors import PlanError, need_known
 from keeptune.core.plan import Plan
+from keeptune.model.head import Head
 
 Edit = Callable[[Tensor], object]
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]
@@ -117,13 +118,8 @@ def _resolved(model: nn.Module, wanted: str, option: str) -> list[str]:
     every = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     names = [name for name in every if name == wanted or name.endswith(f".{wanted}")]
     if not names:
-        known = sorted(last for last in {name.rpartition(".")[2] for name in every} if not last.isdigit())
-        raise PlanError(
-            option,
-            got=f'"{wanted}"',
-            wanted="the name of a module with weights, such as embed_tokens",
-            next_step=nearest(wanted, known) or f"It is one of {', '.join(known)}.",
-        )
+        known = {last for name in every if not (last := name.rpartition(".")[2]).isdigit()}
+        need_known(wanted, known, option, "the name of a module with weights, such as embed_tokens", PlanError)
     return names
 
 
@@ -157,11 +153,8 @@ def task_type(plan: Plan) -> str:
 
 def labels_of(model: PreTrainedModel | PeftModel) -> list[str] | None:
     """Returns a classifier's labels in the order of the outputs; empty for a score, None for a language model."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not type(base).__name__.endswith("ForSequenceClassification"):
-        return None
-    names = base.config.id2label
-    return [names[index] for index in sorted(names)] if len(names) > 1 else []
+    head = Head.of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return None if head is None else list(head.labels)
 
 
 def keep_precise(model: PeftModel, plan: Plan) -> None:

@@ -94,10 +94,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f'Did you mean "{close[0]}"? {listing}' if close else listing
 
 
-def need_known(name: str, known: Collection[str], where: str, wanted: str) -> None:
-    """Raises RecipeError where a name is not among those known; the message shows the nearest."""
+def need_known(
+    name: Any, known: Collection[str], where: str, wanted: str, error: type[KeeptuneError] = RecipeError
+) -> None:
+    """Raises an error where a name is not among those known; the message shows the nearest."""
     if name not in known:
-        raise RecipeError(where, got=f'"{name}"', wanted=wanted, next_step=nearest(name, known))
+        raise error(where, got=f'"{name}"', wanted=wanted, next_step=nearest(str(name), known))
 
 
 def placed(where: str, do: Callable[[], T]) -> T:

@@ -118,12 +118,10 @@ class RowSelection(LowRank):
     _shape: tuple[int, int]
 
     def __init__(self, rows: Sequence[int], shape: tuple[int, int]) -> None:
-        """Hold the rows."""
         object.__setattr__(self, "rows", tuple(rows))
         object.__setattr__(self, "_shape", shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Returns what a copy for another process is made of."""
         return type(self), (self.rows, self._shape)
 
     @property

@@ -50,6 +50,7 @@ class Options:
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {}
+    section: ClassVar[str] = ""
     refusal: ClassVar[type[KeeptuneError]] = PlanError
 
     def __post_init__(self) -> None:
@@ -68,7 +69,7 @@ class Options:
 
     def place(self, option: str) -> str:
         """Returns how error messages name an option: as a recipe does, or nearly so."""
-        return option
+        return f"{self.section}{option}"
 
     @classmethod
     def of(cls, other: Options, **changes: Any) -> Self:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from keeptune.core.errors import RecipeError, nearest, need_known
+from keeptune.core.errors import RecipeError, need_known
 
 T = TypeVar("T")
 
@@ -81,13 +81,7 @@ def made(name: str, options: Mapping[str, Any], known: Mapping[str, type[Any]], 
 def _check_names(given: Mapping[str, Any], cls: type[Any], where: str, owner: str) -> None:
     known = {field.name: field.default for field in dataclasses.fields(cls)}
     for key, value in given.items():
-        if key not in known:
-            raise RecipeError(
-                f"{where}.{key}",
-                got=f"an option that {owner} does not have",
-                wanted="one of its options",
-                next_step=nearest(key, known) if known else f"{owner} has no options.",
-            )
+        need_known(key, known, f"{where}.{key}", f"an option of {owner}" if known else f"none: {owner} has no options")
         if dataclasses.is_dataclass(known[key]) and isinstance(value, Mapping):  # pydantic takes any key there
             _check_names(value, type(known[key]), f"{where}.{key}", key)
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from keeptune.core.errors import DataError, nearest
+from keeptune.core.errors import DataError, need_known
 from keeptune.data.examples import Conversation, TokenRow
 
 Messages = Sequence[Mapping[str, Any]]
@@ -84,8 +84,8 @@ def template_text(name: str, *, where: str) -> str:
     shipped = Path(trl.__file__).parent / "chat_templates"
     path = Path(name) if name.endswith((".jinja", ".j2")) else shipped / f"{name}.jinja"
     if not path.is_file():
-        near = nearest(name, ["chatml", *(file.stem for file in shipped.glob("*.jinja"))])
-        raise DataError(where, got=name, wanted="a file.jinja, or the name of a template", next_step=near)
+        known = ["chatml", *(file.stem for file in shipped.glob("*.jinja"))]
+        need_known(name, known, where, "a file.jinja, or the name of a template", DataError)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -55,20 +55,9 @@ class Size:
     kept: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Strength:
-    """Which option of a method says how much it keeps, and in which direction.
-
-    Law (``tests/contract``): a factor f above 1 always keeps more. With v the option's value, v f of a weight on
-    forgetting is ``multiplied``, and v / f of a budget for it, or of how much is trained, ``divided``.
-
-    Args:
-        option: Its name.
-        keeps_more: What a factor does to it.
-    """
-
-    option: str
-    keeps_more: Literal["multiplied", "divided"]
+# The name of an option, and what a factor above 1 does to it to keep more: a weight on forgetting is multiplied, a
+# budget for it, or how much is trained, divided.
+Strength = tuple[str, Literal["multiplied", "divided"]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +78,7 @@ class Method(Options):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    section: ClassVar[str] = "method."
     scope: ClassVar[Scope] = "adapter"
     strength_option: ClassVar[Strength | None] = None
     anchored: ClassVar[bool] = False
@@ -98,10 +88,6 @@ class Method(Options):
     def trains(self) -> frozenset[TensorName]:
         """The factors that are trained, and the vectors beside them."""
         return frozenset({"A", "B"})
-
-    def place(self, option: str) -> str:
-        """Returns ``"method.rank"`` for ``"rank"``."""
-        return f"method.{option}"
 
     @property
     def statistics(self) -> frozenset[Request]:
@@ -349,7 +335,7 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
             wanted="no factor: this method has no option for how much it keeps",
             next_step="Vary an option by name, such as strength: {method.rank: [4, 8]}.",
         )
-    option = known.option
+    option, keeps_more = known
     value = getattr(method, option)
     if value == 0:
         raise RecipeError(
@@ -358,9 +344,7 @@ def stronger(method: Any, factor: float) -> tuple[str, float]:
             wanted="a value that a factor can move",
             next_step="Set the value that factor 1 stands for, or leave the factors out.",
         )
-    if known.keeps_more == "multiplied":
-        return option, value * factor
-    return option, value / factor
+    return option, value * factor if keeps_more == "multiplied" else value / factor
 
 
 def dropout_field(dropout: float) -> dict[str, Any]:

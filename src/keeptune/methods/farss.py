@@ -131,7 +131,6 @@ class Farss(ScaledMethod):
     selection: Literal["depth", "released"] = "depth"
 
     def __post_init__(self) -> None:
-        """Checks the options, also against each other."""
         super().__post_init__()
         self.need(self.r_min <= self.r_max, "r_min", f"1 to r_max ({self.r_max})")
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from keeptune.core.options import Range
-from keeptune.methods.base import Strength
 from keeptune.methods.lora import LoraStart
 from keeptune.penalties.kl import Kl
 
@@ -34,7 +33,7 @@ class Keep(LoraStart):
 
     name = "keep"
     paper = "keeptune"
-    strength_option = Strength("nats", "divided")
+    strength_option = ("nats", "divided")
     ranges = {"nats": Range(above=0), **dict.fromkeys(("every", "batch_size"), Range(least=1))}
 
     nats: float = 0.01

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keeptune.methods.base import Strength
 from keeptune.methods.lora import LoraStart
 from keeptune.penalties.l2 import L2, L2Options, Layers
 
@@ -29,7 +28,7 @@ class L2Lora(L2Options, LoraStart):
 
     name = "l2-lora"
     paper = "Zhang et al., L2-LoRA"
-    strength_option = Strength("strength", "multiplied")
+    strength_option = ("strength", "multiplied")
 
     layers: Layers = "cubic"
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keeptune.methods.base import Strength
 from keeptune.methods.lora import LoraStart
 from keeptune.penalties.laplace import Curvature, Laplace
 from keeptune.penalties.measured import Draws
@@ -44,7 +43,7 @@ class Lalora(Draws, LoraStart):
 
     name = "lalora"
     paper = "Sliwa et al., LaLoRA, 2512.17720 (our reading)"
-    strength_option = Strength("strength", "multiplied")
+    strength_option = ("strength", "multiplied")
 
     strength: float = 100.0
     curvature: Curvature = "b-kfac"
@@ -52,7 +51,6 @@ class Lalora(Draws, LoraStart):
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        """Checks the options, also those of the penalty."""
         super().__post_init__()
         self.penalties()
 

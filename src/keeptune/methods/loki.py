@@ -40,7 +40,7 @@ from keeptune.core.options import Range
 from keeptune.core.plan import Decision, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.selections import quota, voted
-from keeptune.methods.base import SCALING, Method, Size, Strength, dropout_field
+from keeptune.methods.base import SCALING, Method, Size, dropout_field
 from keeptune.methods.lora import draw_start
 from keeptune.statistics.collect import StatsView
 from keeptune.statistics.neuron_attribution import Attributions, NeuronAttribution
@@ -97,7 +97,7 @@ class Loki(Method):
 
     name = "loki"
     paper = "Wang et al., LoKI, AAAI 2026"
-    strength_option = Strength("q", "divided")
+    strength_option = ("q", "divided")
     rows_of_downs = True
     ranges = {
         **SCALING,
@@ -115,7 +115,6 @@ class Loki(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the options, also against each other."""
         super().__post_init__()
         scaled = self.rank is not None or self.alpha is None
         advice = "Leave it out, or set a rank (LoKI*)."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from keeptune.core.errors import ModelError, PlanError, nearest
+from keeptune.core.errors import ModelError, PlanError, need_known
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.offload import device_of
 from keeptune.core.target import Target
@@ -65,13 +65,7 @@ def find_targets(
     wanted = None if roles is None else list(roles)
     known = sorted({*role_of.values(), *(target.role for target in fused)})
     for role in wanted or ():
-        if role not in known:
-            raise PlanError(
-                f"targets: {role}",
-                got=f"a role that {type(model).__name__} does not have",
-                wanted="a role of this model",
-                next_step=nearest(role, known),
-            )
+        need_known(role, known, f"targets: {role}", f"a role of {type(model).__name__}", PlanError)
     kept = None if layers is None else _known_layers(layers, [*modules, *(target.name for target in fused)])
     groups = _input_groups(model, modules)
     maps = [

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils import is_gguf_available
 
-from keeptune.core.errors import ModelError, RecipeError, nearest
+from keeptune.core.errors import ModelError, RecipeError, need_known
 
 _BNB = {"load_in_4bit": "bitsandbytes_4bit", "load_in_8bit": "bitsandbytes_8bit"}
 _KEY, _TYPE = "quantization", "bnb_4bit_quant_type"
@@ -39,24 +39,12 @@ def check_quantization(fields: Mapping[str, Any]) -> None:
         RecipeError: The method or a field is unknown, or a value does not fit.
     """
     kind = _kind(fields)
-    if kind not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise RecipeError(
-            f"{_KEY}.quant_method",
-            got="nothing" if kind is None else str(kind),
-            wanted="load_in_4bit: true, load_in_8bit: true, or a quant_method that Transformers knows",
-            next_step=nearest(str(kind or ""), AUTO_QUANTIZATION_CONFIG_MAPPING),
-        )
-    known = _known(kind)
-    for key in sorted(fields.keys() - known - {"quant_method"}):
-        raise RecipeError(
-            f"{_KEY}.{key}",
-            got="an unknown key",
-            wanted=f"a field of Transformers' {AUTO_QUANTIZATION_CONFIG_MAPPING[kind].__name__}",
-            next_step=nearest(key, sorted(known)),
-        )
-    if fields.get(_TYPE, "nf4") not in ("nf4", "fp4"):
-        got = str(fields[_TYPE])
-        raise RecipeError(f"{_KEY}.{_TYPE}", got=got, wanted="nf4 or fp4", next_step="Correct the value.")
+    wanted = "load_in_4bit: true, load_in_8bit: true, or a quant_method that Transformers knows"
+    need_known(kind or "nothing", AUTO_QUANTIZATION_CONFIG_MAPPING, f"{_KEY}.quant_method", wanted)
+    known, wanted = _known(kind), f"a field of Transformers' {AUTO_QUANTIZATION_CONFIG_MAPPING[kind].__name__}"
+    for key in sorted(fields.keys() - {"quant_method"}):
+        need_known(key, known, f"{_KEY}.{key}", wanted)
+    need_known(fields.get(_TYPE, "nf4"), ("nf4", "fp4"), f"{_KEY}.{_TYPE}", "nf4 or fp4")
     try:
         quantization_config(fields)
     except ImportError:

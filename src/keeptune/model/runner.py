@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.core.errors import StatisticsError
+from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
 from keeptune.model.blocks import body, head_of, is_nested
@@ -214,13 +215,12 @@ class Runner:
 @contextmanager
 def still(model: PreTrainedModel) -> Iterator[None]:
     """Holds a model in evaluation mode with frozen weights, and restores its state."""
-    training = model.training
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with in_evaluation(model):
+            yield
     finally:
-        model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
 

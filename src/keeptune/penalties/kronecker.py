@@ -13,18 +13,18 @@ as well, the Kronecker-factored Fisher of W, confined to changes of rank r. (3) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from keeptune.core.low_rank import LowRank
 from keeptune.linalg.symmetric import PsdMatrix
+from keeptune.penalties.base import Form
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KroneckerChange:
-    """``w tr(Γ E Ω Eᵀ)`` of the change since the start.
+def kronecker_change(
+    Omega: PsdMatrix, Gamma: PsdMatrix, scale: float, weight: float | Tensor, start: LowRank | None = None
+) -> Form:
+    """Returns ``w tr(Γ E Ω Eᵀ)`` of the change since the start (4, 5).
 
     Laws: the value is that of the dense E; ``(G A, B G⁻¹)`` has the value of ``(A, B)``; it is 0, and so is its
     gradient, at the start.
@@ -37,28 +37,18 @@ class KroneckerChange:
         start: ``B_0`` and ``A_0``; None where ``B_0 A_0 = 0``.
     """
 
-    Omega: PsdMatrix
-    Gamma: PsdMatrix
-    scale: float
-    weight: float | Tensor
-    start: LowRank | None = None
-
-    def value(self, delta: LowRank) -> Tensor:
-        """Computes (4)."""
-        L, R = change_since(delta, self.start)
-        return self.weight * self.scale**2 * ((L.T @ (self.Gamma @ L)) * ((self.Omega @ R.T).T @ R.T)).sum()
-
-    def value_and_grad(self, delta: LowRank) -> tuple[Tensor, LowRank]:
-        """Computes (4) and (5)."""
-        L, R = change_since(delta, self.start)
-        GL, RO = self.Gamma @ L, (self.Omega @ R.T).T
+    def form(delta: LowRank) -> tuple[Tensor, LowRank]:
+        L, R = change_since(delta, start)
+        GL, RO = Gamma @ L, (Omega @ R.T).T
         LGL, RORt = L.T @ GL, RO @ R.T
-        w, r = 2 * self.weight * self.scale**2, delta.rank
-        if self.start is None:  # L = B and R = A: the products are there already
+        w, r = 2 * weight * scale**2, delta.rank
+        if start is None:  # L = B and R = A: the products are there already
             RORt_A, BtGL = RORt, LGL
         else:
             RORt_A, BtGL = RORt[:, :r], LGL[:r] + LGL[r:]  # R's first rows are A; B is the sum of L's halves
         return w / 2 * (LGL * RORt).sum(), LowRank(B=w * (GL @ RORt_A), A=w * (BtGL @ RO))
+
+    return form
 
 
 def change_since(delta: LowRank, start: LowRank | None) -> tuple[Tensor, Tensor]:

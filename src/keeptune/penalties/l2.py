@@ -30,7 +30,7 @@ from keeptune.core.options import Options, Range
 from keeptune.core.plan import Plan, TargetPlan
 from keeptune.linalg.symmetric import Identity
 from keeptune.penalties.base import Penalty, Site, Term, on_factors, start_of
-from keeptune.penalties.kronecker import KroneckerChange
+from keeptune.penalties.kronecker import kronecker_change
 from keeptune.statistics.layer_effect import LayerEffect, Reading, layer_weights
 from keeptune.statistics.request import DataRole, Request
 
@@ -108,7 +108,6 @@ class L2Options(Options):
     trace_examples: int | None = 32
 
     def __post_init__(self) -> None:
-        """Checks the options, also against each other."""
         super().__post_init__()
         if not isinstance(self.layers, str):
             right = len(self.layers) > 0 and all(weight in Range(least=0) for weight in self.layers)
@@ -165,15 +164,9 @@ class L2(L2Options, Penalty):
                 return value, LowRank(B=2 * weight * delta.B, A=2 * weight * delta.A)
 
             return on_factors(norm)
-        one = torch.ones_like(weight)
-        change = KroneckerChange(
-            Omega=Identity(target.in_features, one),
-            Gamma=Identity(target.out_features, one),
-            scale=target_plan.scale,
-            weight=weight,
-            start=start_of(target_plan, weight.device),
-        )
-        return on_factors(change.value_and_grad)
+        Omega, Gamma = (Identity(size, torch.ones_like(weight)) for size in (target.in_features, target.out_features))
+        start = start_of(target_plan, weight.device)
+        return on_factors(kronecker_change(Omega, Gamma, target_plan.scale, weight, start))
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
         """Returns the weights of the layers where they differ."""

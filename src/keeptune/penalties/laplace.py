@@ -44,7 +44,7 @@ from keeptune.core.plan import Plan, TargetPlan
 from keeptune.core.target import Target
 from keeptune.linalg.symmetric import Identity, PsdMatrix
 from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
-from keeptune.penalties.kronecker import KroneckerChange
+from keeptune.penalties.kronecker import kronecker_change
 from keeptune.penalties.measured import MeasuredPenalty
 from keeptune.statistics.covariance import GradientCovariance, InputCovariance, LoraFisher, lora_fisher, split_diagonals
 from keeptune.statistics.request import Request
@@ -187,8 +187,7 @@ class Laplace(MeasuredPenalty):
         if self.curvature in _TANGENT:
             form = block_kronecker if self.curvature == "b-kfac" else coupled_kronecker
             return on_factors(form(Omega, Gamma, scale=scale, weight=weight, start=first))
-        change = KroneckerChange(Omega, Gamma, scale, weight, start_of(target_plan, weight.device))
-        return on_factors(change.value_and_grad)
+        return on_factors(kronecker_change(Omega, Gamma, scale, weight, start_of(target_plan, weight.device)))
 
     def notes(self, plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
         """Returns what the form cannot see from where the plan starts."""

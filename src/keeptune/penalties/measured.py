@@ -29,7 +29,6 @@ class Draws(Options):
     label_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the options, also against each other."""
         super().__post_init__()
         self.need(self.labels != "true" or self.probes == 1, "probes", "1 with `labels: true`, which are not drawn")
 

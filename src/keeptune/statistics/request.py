@@ -193,7 +193,6 @@ class RunningMean:
     total: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """Start from zero."""
         self.total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
 
     def add(self, rows: Tensor, *more: Any) -> None:

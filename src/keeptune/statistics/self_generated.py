@@ -54,6 +54,7 @@ class SelfGeneration(Options):
         max_length: Tokens of a text or an answer at most; a question has half as many.
     """
 
+    section: ClassVar = "knowledge."
     ranges: ClassVar = {
         "generate": Range(least=1),
         "temperature": Range(least=0),
@@ -69,13 +70,8 @@ class SelfGeneration(Options):
     max_length: int = 128
 
     def __post_init__(self) -> None:
-        """Checks the ranges, and that there is something to answer."""
         super().__post_init__()
         self.need(bool(self.prompts) or not self.answer_with, "answer_with", "none without `prompts` to answer")
-
-    def place(self, option: str) -> str:
-        """Returns the recipe's key."""
-        return f"knowledge.{option}"
 
     def with_prompts(self, where: str) -> SelfGeneration:
         """Returns the same with the prompts of the file; a DataError says that it cannot be used."""

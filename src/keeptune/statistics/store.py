@@ -68,7 +68,6 @@ class StatStore:
     use: StoreUse = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Registers nothing yet: only what is read or written has a user."""
         object.__setattr__(self, "use", StoreUse(self.folder))
 
     def get(self, recipe: Mapping[str, Any]) -> Tensor | None:

@@ -107,8 +107,7 @@ def _check_words(where: str, value: Any, kind: type[Any]) -> None:
     listed = field.metadata["help"].partition("Possible values are:")[2].partition(". ")[0]
     known = field.metadata.get("choices") or re.findall(r"`'?(\w+)'?`", listed)
     for word in value if isinstance(value, list) else [value]:
-        if word not in known:
-            raise RecipeError(where, got=repr(word), wanted="one that TRL has", next_step=nearest(str(word), known))
+        need_known(word, known, where, "one that TRL has")
 
 
 def _check_value(key: str, value: Any, hint: Any, least: Mapping[str, float]) -> Any:

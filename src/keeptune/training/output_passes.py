@@ -8,7 +8,7 @@ gradients are had from a backward pass alone, as means over processes; all run a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,6 @@ class Outputs:
     """A penalty on answers, on the installed model in training (not what wraps it)."""
 
     def __init__(self, penalty: Kl, model: PeftModel, plan: Plan) -> None:
-        """Looks parameters up at each pass."""
         self.penalty, self._model, self._plan = penalty, model, plan
 
     def value_and_grad(self, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Gradients]:
@@ -170,20 +169,24 @@ def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
     return flat[0], {p: part.view(p.shape) for p, part in zip(gradients, parts, strict=True)}
 
 
-@contextmanager
-def at_start(model: PeftModel, plan: Plan) -> Iterator[None]:
+def at_start(model: PeftModel, plan: Plan) -> AbstractContextManager[None]:
     """Puts the plan's first factors in, and then those in training again."""
-    starts = starting_values(model, plan)
-    sharded = _is_sharded(starts)
-    now = {parameter: parameter.detach().clone() if sharded else parameter.data for parameter in starts}
+    return holding(model, {p: start.to(p.device, p.dtype) for p, start in starting_values(model, plan).items()})
+
+
+@contextmanager
+def holding(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Gives parameters other values inside a ``with`` block."""
+    sharded = _is_sharded(values)
+    now = {parameter: parameter.detach().clone() if sharded else parameter.data for parameter in values}
     try:
-        _put(model, {p: start.to(p.device, p.dtype) for p, start in starts.items()}, sharded)
+        _put(model, values, sharded)
         yield
     finally:
         _put(model, now, sharded)
 
 
-def _put(model: PeftModel, values: Mapping[nn.Parameter, Tensor], sharded: bool) -> None:
+def _put(model: nn.Module, values: Mapping[nn.Parameter, Tensor], sharded: bool) -> None:
     """Gives parameters other values; shards get them in place, and what FSDP2 gathered of the old ones is freed."""
     for parameter, value in values.items():
         if sharded:

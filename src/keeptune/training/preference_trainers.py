@@ -19,6 +19,7 @@ from keeptune.core.errors import TrainError
 from keeptune.data.calibration import Calibration, pad_id_of
 from keeptune.data.examples import LanguageExamples, Mixed, TokenRow
 from keeptune.data.preferences import Preferences
+from keeptune.training.output_passes import holding
 
 
 class Start(nn.Module):
@@ -31,21 +32,15 @@ class Start(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """Runs the model as it was."""
-        now = {p: p.data for p in self._of[0].parameters() if p.requires_grad}
-        if now.keys() != self.values.keys():
+        if self.values.keys() != {p for p in self._of[0].parameters() if p.requires_grad}:
             raise TrainError(
                 "task.kind",
                 got="a back-end that replaces parameters",
                 wanted="a single process or DDP, in which the reference is the model with its first parameters",
                 next_step="Train without FSDP and DeepSpeed.",
             )
-        try:
-            for parameter, value in self.values.items():
-                parameter.data = value
+        with holding(self._of[0], self.values):
             return self._of[0](**inputs)
-        finally:
-            for parameter, value in now.items():
-                parameter.data = value
 
 
 def judged_trainer(examples: LanguageExamples, *, model: Any, args: Any, **parts: Any) -> Any:

@@ -62,7 +62,7 @@ class Integral(Options):
         times_activation: Multiply by z - z'.
     """
 
-    refusal = RecipeError
+    section, refusal = "attribution.", RecipeError
     ranges = {"steps": Range(least=1), "pad_token": Range(least=0)}
 
     positions: Positions = "last"
@@ -74,13 +74,8 @@ class Integral(Options):
     times_activation: bool = True
 
     def __post_init__(self) -> None:
-        """Checks the options."""
         super().__post_init__()
         self.need(self.rule != "trapezoid" or self.steps > 1, "steps", "2 or more with rule trapezoid")
-
-    def place(self, option: str) -> str:
-        """Returns ``"attribution.steps"`` for ``"steps"``."""
-        return f"attribution.{option}"
 
 
 def quadrature(rule: Rule, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

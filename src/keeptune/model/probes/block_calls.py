@@ -238,7 +238,6 @@ class Suffix:
     _masks: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Count the kept run's columns that may be seen."""
         self.prefix = int(self.columns.max()) if self.alone else int(self.columns[0, 0])
 
     def rows(self, values: Tensor) -> Tensor:
