@@ -286,7 +286,9 @@ def _write(
         floats = None if plan.scope == "all" else base.floats
         whole = base.load() if floats is None else floats(base.original or base.name)
         write_merged(model, plan, folder, whole)
-        load = partial(load_whole, whole, folder) if floats is None else partial(floats, str(folder))
+        kind: Any = type(whole)
+        saved = partial(kind.from_pretrained, folder, dtype=whole.dtype, use_safetensors=True)
+        load = saved if floats is None else partial(floats, str(folder))
         return _Written(0, whole.dtype, lambda probe: logits_of(load(), probe))
     assert isinstance(model, PeftModel)
     change, cut, error = change_of(model, plan), None, 0.0
@@ -310,18 +312,10 @@ def _on_original(model: Any, plan: Plan, folder: Path, base: Base, probe: Tensor
             folder = Path(scratch)
             write_lora(change_of(model, plan), plan, folder, base.name, portable=False)
         whole = base.floats(base.original)
-        with nullcontext() if _adds_only(plan) else aligned(whole.modules(), device_of(whole)):
+        # An adapter that only adds to outputs needs no W; others compute with it, so that it has to be in memory.
+        computes = plan.experts or any("magnitude" in t.trainable for t in plan.targets)
+        with aligned(whole.modules(), device_of(whole)) if computes else nullcontext():
             return logits_of(load_adapter(whole, folder), probe)
-
-
-def _adds_only(plan: Plan) -> bool:
-    """Whether an adapter only adds to outputs; others compute with W, so that all of it has to be in memory."""
-    return not plan.experts and not any("magnitude" in t.trainable for t in plan.targets)
-
-
-def load_whole(model: Any, folder: Path) -> Any:
-    """Loads a model that was saved, in the dtype of the one at hand."""
-    return type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
 
 
 def write_merged(model: PreTrainedModel | PeftModel, plan: Plan, folder: Path, base: PreTrainedModel) -> None:

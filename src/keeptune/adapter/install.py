@@ -49,6 +49,8 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         return model.to(torch.float32).requires_grad_(True)
     kind = resolve(anchor, model.dtype, quantised=quantised)
     anchored = any(t.anchored for t in plan.targets)
+    fused = any(t.anchored for own in plan.experts.values() for t in own)  # PEFT wants all in the twin, or none
+    twins = [t for t in plan.targets if t.anchored or (fused and t.target.expert is not None)]
     _refuse_rounded_experts(model, plan)
     peft = dict(plan.peft)
     peft.pop("task_type", None)
@@ -58,7 +60,7 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
         assert isinstance(wrapped, PeftModel)
         if anchored and kind == "twin":
             # PeftModel's own: the one for classifiers would give the twin a head, and two heads cannot be active.
-            PeftModel.add_adapter(wrapped, ANCHOR_NAME, _config(plan, _twins(plan), {}))
+            PeftModel.add_adapter(wrapped, ANCHOR_NAME, _config(plan, twins, {}))
     keep_precise(wrapped, plan)
     for experts in plan.experts.values():
         clear(layer_of(wrapped, experts[0].target))
@@ -95,7 +97,7 @@ def trained_state(model: PeftModel, plan: Plan) -> dict[str, Tensor]:
     """
     # Copies: on the CPU they would else change with the model.
     return {
-        f"{t.target.name}.{factor}": held.of(whole(held.parameter)).to("cpu", torch.float32, copy=True)
+        f"{t.target.name}.{factor}": held.of(full(held.parameter.detach())).to("cpu", torch.float32, copy=True)
         for t in plan.targets
         for factor, held in held_parameters(model, t).items()
     } | trained_head(model, plan)
@@ -132,11 +134,6 @@ def starting_values(model: PeftModel, plan: Plan) -> dict[nn.Parameter, Tensor]:
         for factor, held in held_parameters(model, target_plan).items():
             held.add(values, target_plan.start[factor])
     return values
-
-
-def whole(parameter: nn.Parameter) -> Tensor:
-    """Returns a parameter's value; one that is sharded is gathered, which for a low-rank factor is little."""
-    return full(parameter.detach())
 
 
 def sharded_like(value: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -199,12 +196,6 @@ def _config(plan: Plan, targets: Sequence[TargetPlan], extra: Mapping[str, Any])
         fan_in_fan_out=any(t.target.transposed for t in targets if t.target.expert is None),
         **copy.deepcopy(dict(extra)),  # PEFT adds to the list of modules_to_save
     )
-
-
-def _twins(plan: Plan) -> list[TargetPlan]:
-    """Returns the targets of the twin; PEFT wants all experts' parameters in it, or none."""
-    experts = any(t.anchored for own in plan.experts.values() for t in own)
-    return [t for t in plan.targets if t.anchored or (experts and t.target.expert is not None)]
 
 
 def _freeze(layer: Any, target_plan: TargetPlan) -> None:

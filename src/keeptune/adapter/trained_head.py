@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -223,16 +224,12 @@ def full(value: Tensor) -> Tensor:
 def head_edits(base: PreTrainedModel, plan: Plan, values: Mapping[str, Tensor]) -> dict[str, Edit]:
     """Returns the edits of a base's parameters and buffers that put what was trained in the place of its own."""
     rows = {f"{name}.{_SAVED}": (name, ids) for name, ids in token_rows(plan).items()}
-    edits: dict[str, Edit] = {key: partial(_replace, value) for key, value in values.items() if key not in rows}
+    edits: dict[str, Edit] = {key: methodcaller("copy_", value) for key, value in values.items() if key not in rows}
     edits |= {f"{name}.weight": partial(_replace_rows, ids, values[key]) for key, (name, ids) in rows.items()}
     embedding, head = (_name_of(base, m) for m in (base.get_input_embeddings(), base.get_output_embeddings()))
     if is_tied(base) and f"{embedding}.weight" in edits:
         edits[f"{head}.weight"] = edits[f"{embedding}.weight"]
     return edits
-
-
-def _replace(value: Tensor, stored: Tensor) -> None:
-    stored.copy_(value.to(stored.dtype))
 
 
 def _replace_rows(ids: list[int], rows: Tensor, stored: Tensor) -> None:

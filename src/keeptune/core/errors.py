@@ -102,6 +102,13 @@ def need_known(
         raise error(where, got=f'"{name}"', wanted=wanted, next_step=nearest(str(name), known))
 
 
+def need_finite(finite: Any, where: str, what: str, error: type[KeeptuneError] = ModelError) -> None:
+    """Raises an error unless all of a tensor of truth values is true; ``what`` is plural."""
+    if not bool(finite.all()):
+        advice = "Load the model in float32 or bfloat16, and check its weights and the losses of its training."
+        raise error(where, got=f"NaN or infinite {what}", wanted="finite ones", next_step=advice)
+
+
 def placed(where: str, do: Callable[[], T]) -> T:
     """Returns what a function returns; its errors name where it stands in a larger whole, such as a sweep."""
     try:

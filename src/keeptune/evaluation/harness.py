@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.core.errors import DataError, ModelError, RecipeError
+from keeptune.core.errors import DataError, ModelError, RecipeError, need_finite
 from keeptune.core.processes import world
 from keeptune.data.calibration import pad_id_of
 from keeptune.data.chat_template import ChatTemplate
@@ -45,7 +45,6 @@ from keeptune.evaluation.scored_tokens import (
 )
 from keeptune.evaluation.standard.entry import NamedBenchmark
 from keeptune.evaluation.standard.score import score_named
-from keeptune.model.continuation import need_finite
 from keeptune.model.head import Head
 
 _LOG = logging.getLogger(__name__)

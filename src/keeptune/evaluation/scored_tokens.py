@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.core.errors import DataError, ModelError, RecipeError
+from keeptune.core.errors import DataError, ModelError, RecipeError, need_finite
 from keeptune.core.processes import divided
 from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.model_pairs import ModelPair, of_both
-from keeptune.model.continuation import Limits, continued, end_tokens, need_finite, plain_text
+from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 
 _LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from keeptune.core.errors import StatisticsError
+from keeptune.core.errors import StatisticsError, need_finite
 
 _log = logging.getLogger(__name__)
 _RESOLVED = 1e-7
@@ -66,13 +66,7 @@ def exact_svd(W: Tensor, where: str) -> _Triplets:
     Raises:
         StatisticsError: W is NaN or infinite somewhere; ``where`` names its module.
     """
-    if not bool(torch.isfinite(W).all()):
-        raise StatisticsError(
-            where,
-            got="NaN or infinite numbers in its weight",
-            wanted="finite ones",
-            next_step="Get the model's files again, or load it in the dtype it was saved in.",
-        )
+    need_finite(W.isfinite(), where, "numbers in its weight", StatisticsError)
     U, S, Vh = _signed(*_patient_svd(W, where))
     return U.to(W.dtype), S.to(W.dtype), Vh.to(W.dtype)
 
@@ -125,10 +119,7 @@ def end_triplets(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -
 def _end_of_tall(M: Tensor, r: int, end: Literal["top", "bottom"], where: str) -> _Triplets:
     M = M.double()
     gram = M.T @ M
-    if not bool(torch.isfinite(gram.diagonal()).all()):
-        raise StatisticsError(
-            where, got="NaN or infinite entries", wanted="finite ones", next_step="Check the module's weights and data."
-        )
+    need_finite(gram.diagonal().isfinite(), where, "entries", StatisticsError)
     U, S, Vh = projected_svd(M, bottom_eigenvectors(-gram if end == "top" else gram, r)[1])
     if bool(S[-1] <= _RESOLVED * gram.trace().sqrt()):
         # The left vectors of zeros cannot be had from M V = 0.

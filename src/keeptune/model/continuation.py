@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from keeptune.core.errors import ModelError
+from keeptune.core.errors import need_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +123,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 def plain_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Returns what tokens say, without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def need_finite(finite: Tensor, where: str, what: str) -> None:
-    """Raises ModelError where a value that a model computed is NaN or infinite; ``what`` is plural."""
-    if not bool(finite.all()):
-        raise ModelError(
-            where,
-            got=f"NaN or infinite {what}",
-            wanted="finite values",
-            next_step="Look at the training loss for a jump, or load the model in float32.",
-        )

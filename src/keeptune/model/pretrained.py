@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from keeptune.core.errors import ModelError
+from keeptune.core.errors import ModelError, need_finite
 from keeptune.core.offload import hook_of, stored_value
 from keeptune.core.weights import is_quantised, keep_layout, refuse_misread
 from keeptune.model.blocks import head_of, positions
@@ -264,13 +264,8 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
     for name, parameter in (model.state_dict() if quantised else dict(model.named_parameters())).items():
         if quantised and (name in packed or not parameter.is_floating_point() or parameter.itemsize == 1):
             continue
-        if not bool(torch.isfinite(stored_value(model, name, parameter)).all()):
-            raise ModelError(
-                f"model {model.name_or_path or type(model).__name__}, parameter {name}",
-                got="NaN or infinite weights",
-                wanted="finite weights",
-                next_step="Get the model's files again, or load it in the dtype it was saved in.",
-            )
+        place = f"model {model.name_or_path or type(model).__name__}, parameter {name}"
+        need_finite(stored_value(model, name, parameter).isfinite(), place, "weights")
 
 
 def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTokenizerBase:

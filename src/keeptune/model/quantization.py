@@ -46,7 +46,7 @@ def check_quantization(fields: Mapping[str, Any]) -> None:
         need_known(key, known, f"{_KEY}.{key}", wanted)
     need_known(fields.get(_TYPE, "nf4"), ("nf4", "fp4"), f"{_KEY}.{_TYPE}", "nf4 or fp4")
     try:
-        quantization_config(fields)
+        AutoQuantizationConfig.from_dict(dict(fields))
     except ImportError:
         pass  # the package is looked for where the model is loaded
     except (TypeError, ValueError, AttributeError, AssertionError, NotImplementedError) as error:
@@ -56,11 +56,6 @@ def check_quantization(fields: Mapping[str, Any]) -> None:
             wanted="values that Transformers takes",
             next_step="Correct the value.",
         ) from error
-
-
-def quantization_config(fields: Mapping[str, Any]) -> Any:
-    """Returns Transformers' config of a quantisation; an ImportError names a package that is not installed."""
-    return AutoQuantizationConfig.from_dict(dict(fields))
 
 
 def stored_quantization(config: Any) -> dict[str, Any] | None:
@@ -89,8 +84,8 @@ def loading(
     placed = {"device_map": {"": str(device)}}
     try:
         # A copy: Transformers completes some configs in place.
-        own = None if stored is None else quantization_config(stored)
-        asked = None if fields is None else quantization_config(fields)
+        own = None if stored is None else AutoQuantizationConfig.from_dict(dict(stored))
+        asked = None if fields is None else AutoQuantizationConfig.from_dict(dict(fields))
         # A recipe's config may only say how a quantised checkpoint is loaded, such as ``dequantize``.
         says_how = isinstance(asked, LOADING_ATTRIBUTES_CONFIG_TYPES)
         if own is not None and asked is not None and not (says_how and asked.quant_method == own.quant_method):

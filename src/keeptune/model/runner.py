@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import StatisticsError
+from keeptune.core.errors import StatisticsError, need_finite
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.offload import device_of
 from keeptune.data.calibration import Batch
@@ -87,15 +87,9 @@ class RealRows:
         """Refuses rows that are not numbers; the first module that has them is where they come from."""
         if not self.largest:
             return
-        ok = torch.stack([value.float() for value in self.largest.values()]).isfinite().tolist()
+        ok = torch.stack([value.float() for value in self.largest.values()]).isfinite().cpu()
         for (name, what), fine in zip(self.largest, ok, strict=True):
-            if not fine:
-                raise StatisticsError(
-                    name,
-                    got=f"NaN or infinite {what} in {place}",
-                    wanted="finite ones",
-                    next_step="Load the model in float32 or bfloat16 and check the weights of the modules before it.",
-                )
+            need_finite(fine, name, f"{what} in {place}", StatisticsError)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from keeptune.core.plan import TargetPlan
 from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import change_since
 from keeptune.penalties.measured import MeasuredPenalty
-from keeptune.statistics.covariance import Per, WeightFisher
+from keeptune.statistics.covariance import Per, WeightFisher, tokens_per_learned
 from keeptune.statistics.request import Request
 
 _NUMBERS = 1 << 20  # in a temporary
@@ -102,7 +102,7 @@ class Ewc(MeasuredPenalty):
         name = site.plan.target.name
         return {
             f"F:{name}": site.stats[self._fisher],
-            f"weight:{name}": torch.tensor(self.strength / 2 * self.tokens_per_learned(site)),
+            f"weight:{name}": torch.tensor(self.strength / 2 * tokens_per_learned(site.stats, self.count)),
         }
 
     def size(self, target_plan: TargetPlan) -> Mapping[str, int]:

@@ -46,7 +46,14 @@ from keeptune.linalg.symmetric import Identity, PsdMatrix
 from keeptune.penalties.base import Form, Site, Term, on_factors, start_of
 from keeptune.penalties.kronecker import kronecker_change
 from keeptune.penalties.measured import MeasuredPenalty
-from keeptune.statistics.covariance import GradientCovariance, InputCovariance, LoraFisher, lora_fisher, split_diagonals
+from keeptune.statistics.covariance import (
+    GradientCovariance,
+    InputCovariance,
+    LoraFisher,
+    lora_fisher,
+    split_diagonals,
+    tokens_per_learned,
+)
 from keeptune.statistics.request import Request
 
 Curvature = Literal["diag", "b-kfac", "b-tri-kfac", "delta-kfac", "delta-act"]
@@ -159,7 +166,7 @@ class Laplace(MeasuredPenalty):
         if self.curvature not in ("diag", "delta-act"):
             tensors[_gamma(target)] = site.stats[self.gradients].to(device)
         if self.by_loss:
-            weight = self.strength / 2 * self.tokens_per_learned(site)
+            weight = self.strength / 2 * tokens_per_learned(site.stats, self.count)
         else:
             W = site.weight.double()
             cost = len(site.targets) * float((W * (tensors[_omega(target)].double() @ W.T).T).sum())

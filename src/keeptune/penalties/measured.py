@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from keeptune.core.options import Options, Range
-from keeptune.penalties.base import Penalty, Site
-from keeptune.statistics.covariance import TokenCount, tokens_per_learned
+from keeptune.penalties.base import Penalty
+from keeptune.statistics.covariance import TokenCount
 from keeptune.statistics.request import DataRole, Labels
 
 
@@ -66,7 +66,3 @@ class MeasuredPenalty(Draws, Penalty):
     def count(self) -> TokenCount:
         """The request for the number of tokens."""
         return TokenCount("knowledge", examples=self.examples)
-
-    def tokens_per_learned(self, site: Site) -> float:
-        """Returns the number of tokens for each one with a loss: with it a Fisher is that of one learned token."""
-        return tokens_per_learned(site.stats, self.count)

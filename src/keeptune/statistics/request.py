@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import StatisticsError
+from keeptune.core.errors import StatisticsError, need_finite
 from keeptune.core.target import Target
 from keeptune.data.calibration import Calibration
 from keeptune.model.head import Labels as Labels
@@ -159,13 +159,7 @@ def checked_result(total: RunningMean, module: str) -> Tensor:
             next_step="The data never reached this module; leave it out of the targets.",
         )
     value = total.result()
-    if not bool(torch.isfinite(value).all()):
-        raise StatisticsError(
-            module,
-            got="NaN or infinite activations or gradients",
-            wanted="finite ones",
-            next_step="Load the model in float32 or bfloat16 and check the weights of the modules before it.",
-        )
+    need_finite(value.isfinite(), module, "activations or gradients", StatisticsError)
     return value
 
 

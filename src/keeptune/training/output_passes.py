@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from keeptune.adapter.install import sharded_like, starting_values, whole
+from keeptune.adapter.install import sharded_like, starting_values
 from keeptune.adapter.trained_head import full
 from keeptune.core.bootstrap import paired_interval
 from keeptune.core.eval_mode import in_evaluation
@@ -71,7 +71,7 @@ class Outputs:
                     gradients = (_by_backward if sharded else _by_autograd)(logits, slope, trained)
                 value = nats.sum() * (weight / count)
         own_gradients = {
-            p: torch.zeros_like(whole(p), dtype=torch.float32) if g is None else g.float() * (weight / scale)
+            p: torch.zeros_like(full(p.detach()), dtype=torch.float32) if g is None else g.float() * (weight / scale)
             for p, g in zip(trained, gradients, strict=True)
         }
         return _together(value, own_gradients)

@@ -27,8 +27,9 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from keeptune.adapter.expert_layers import Held
-from keeptune.adapter.install import held_parameters, sharded_like, whole
+from keeptune.adapter.install import held_parameters, sharded_like
 from keeptune.adapter.special_layers import within_rows
+from keeptune.adapter.trained_head import full
 from keeptune.core.errors import TrainError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.plan import Plan, TargetPlan
@@ -352,7 +353,7 @@ def _gradients(
 
 
 def _values(held: Mapping[TensorName, Held]) -> dict[TensorName, Tensor]:
-    return {factor: part.of(whole(part.parameter)).float() for factor, part in held.items()}
+    return {factor: part.of(full(part.parameter.detach())).float() for factor, part in held.items()}
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:

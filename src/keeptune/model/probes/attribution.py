@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from keeptune.core.errors import ModelError, RecipeError, StatisticsError
+from keeptune.core.errors import ModelError, RecipeError, StatisticsError, need_finite
 from keeptune.core.offload import device_of
 from keeptune.core.options import Options, Range
 from keeptune.data.calibration import Batch
@@ -172,13 +172,7 @@ class Attributor:
             if self.integral.times_activation:
                 spans = [clean.run.outputs[at].float() - clean.starts[at].float() for at in every]
                 values = values * torch.cat([clean.at_last(span) for span in spans], dim=1)
-        if not bool(torch.isfinite(values).all()):
-            raise StatisticsError(
-                "attribution",
-                got="NaN or infinite numbers",
-                wanted="finite ones",
-                next_step="Load the model in float32 or bfloat16.",
-            )
+        need_finite(values.isfinite(), "attribution", "numbers", StatisticsError)
         return values.cpu()
 
     def _clean(self, batch: Batch) -> _Clean:

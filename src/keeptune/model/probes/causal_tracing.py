@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import RecipeError, StatisticsError
+from keeptune.core.errors import RecipeError, StatisticsError, need_finite
 from keeptune.core.offload import device_of
 from keeptune.core.options import Options, Range
 from keeptune.data.calibration import Batch
@@ -155,12 +155,9 @@ class Tracer:
                 self.checked = True
             restored = (self._diagonal if self.reading == "diagonal" else self._positions)(texts, streams, after, noise)
         traced = [self._one(texts, row, before, after, restored) for row in range(len(texts))]
-        if not all(bool(torch.isfinite(one.restored).all() & torch.isfinite(one.clean).all()) for one in traced):
-            raise StatisticsError(
-                "causal tracing",
-                got="a probability that is NaN or infinite",
-                wanted="finite numbers",
-                next_step="Load the model in float32, or lower the noise.",
+        for one in traced:
+            need_finite(
+                one.restored.isfinite() & one.clean.isfinite(), "causal tracing", "probabilities", StatisticsError
             )
         return traced
 
