@@ -36,13 +36,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def stored_value(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Returns an entry of a model's state, read from disk where it is; it is not kept.
-
-    Args:
-        model: The model.
-        name: The entry's name in ``state_dict()``.
-        value: The entry, without values where these are on disk.
-    """
+    """Returns an entry of a model's ``state_dict()`` by its name, read from disk where it is; it is not kept."""
     module, _, own = name.rpartition(".")
     hook = hook_of(model.get_submodule(module)) if value.is_meta else None
     stored: Tensor = hook.weights_map[own] if hook else value
@@ -74,10 +68,7 @@ def edit_values(model: nn.Module, edits: Mapping[str, Sequence[Callable[[Tensor]
 def save_model(model: PreTrainedModel, folder: Path, shard: str = "2GB") -> None:
     """Saves a model; one whose weights are on disk shard by shard, with the changes of ``edit_values``.
 
-    Args:
-        model: The model.
-        folder: Where.
-        shard: What of such a model is in memory at a time at most, but for a weight that is larger.
+    Of such a model one ``shard`` is in memory at a time at most, but for a weight that is larger.
     """
     if not is_offloaded(model):
         model.save_pretrained(folder)

@@ -52,17 +52,10 @@ def look_up(name: str, known: Mapping[str, T], where: str, kind: str) -> T:
 
 
 def made(name: str, options: Mapping[str, Any], known: Mapping[str, type[Any]], where: str, kind: str) -> Any:
-    """Returns an object of the class of a name, a dataclass, with options.
-
-    Args:
-        name: Its registered name.
-        options: Its fields.
-        known: The classes by name.
-        where: For error messages.
-        kind: Of what, such as ``"penalty"``.
+    """Returns an object of the class of a name among those known, a dataclass, with options, its fields.
 
     Raises:
-        RecipeError: The name or an option is unknown, or a value does not fit.
+        RecipeError: The name or an option is unknown, or a value does not fit; ``kind`` says of what, as ``"penalty"``.
     """
     cls = look_up(name, known, where, kind)
     _check_names(options, cls, where, name)

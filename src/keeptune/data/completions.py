@@ -322,11 +322,6 @@ def mixture(parts: Sequence[LanguageExamples], weights: Sequence[float | None], 
     Law: with weights the counts are in their ratio, to the nearest example (at least 1), and as large as they can be
     without an example that comes twice; which of a file are taken is drawn with the seed.
 
-    Args:
-        parts: The examples of each file.
-        weights: The share of each file, relative to the others; all None for all examples.
-        seed: Of the draws and of the order.
-
     Raises:
         RecipeError: Some files have weights and some have none.
     """

@@ -266,16 +266,10 @@ def data_account(
 
     The account has the number of ``examples`` given and of those ``kept``, their ``tokens``, those ``learned``, and
     ``lengths``: ``shortest``, ``median``, ``longest``. ``lost`` names what is not learned as it stands, ``noted`` what
-    may be a mistake: what is wrong, to numbers of examples from 1. ``shown`` are the first examples as :func:`marked`.
-
-    Args:
-        examples: What is trained on.
-        tokenizer: The model's.
-        max_length: Tokens that an example is cut to; None for none.
-        show: How many examples are written out.
+    may be a mistake: what is wrong, to numbers of examples from 1. ``shown`` are the first ones as :func:`marked`.
 
     Raises:
-        DataError: Nothing is left to learn.
+        DataError: Nothing is left to learn within ``max_length`` tokens.
     """
     rows, lost = examples.fitted(tokenizer, max_length)
     lengths = [len(row.ids) for row in rows]

@@ -94,11 +94,6 @@ class Answered(NamedTuple):
 def parse_rows(rows: Sequence[Row], options: FormatOptions, *, where: str) -> list[Conversation] | list[Answered]:
     """Returns what the rows hold by the one format that they all have: conversations, or texts.
 
-    Args:
-        rows: As :mod:`keeptune.data.sources` reads them.
-        options: The format, or None to tell it, and the names in it.
-        where: The recipe key and the file, for error messages.
-
     Raises:
         DataError: The rows have no known format, or two; or a row does not hold what its format says.
     """
@@ -132,13 +127,7 @@ def read_examples(
 ) -> LanguageExamples:
     """Returns the examples that rows hold by their format (:func:`parse_rows`).
 
-    Args:
-        rows: As :mod:`keeptune.data.sources` reads them.
-        options: The format, and the names in it.
-        chat: What is learned of conversations.
-        where: The recipe key, for error messages.
-        truncate: What examples that are too long lose.
-        end: Whether the end of text is learned after texts and completions.
+    ``end`` says whether the end of text is learned after texts and completions.
 
     Raises:
         DataError: The rows are of no format, or of two; one is malformed; or there is nothing to learn in all of them.

@@ -38,12 +38,7 @@ def load(
 ) -> list[dict[str, Any]]:
     """Returns the rows of a dataset: one of the hub, a folder of data files, or one that ``datasets`` saved.
 
-    Args:
-        name: A folder, or ``hf://datasets/org/name[@revision]``.
-        where: For error messages.
-        split: ``train`` where it is None.
-        config: Which of several configurations.
-        revision: A branch, tag or commit.
+    ``split`` is ``train`` where it is None, ``config`` which of several configurations, ``revision`` a branch or tag.
     """
     repo, _, at = name.removeprefix(_DATASETS).partition("@" if name.startswith(_DATASETS) else "\0")
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))

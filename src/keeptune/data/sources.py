@@ -20,12 +20,8 @@ Row = Mapping[str, Any]
 def read_jsonl(path: Path | str, *, where: str, **origin: str | None) -> list[Row]:
     """Returns the rows of a file: JSON lines, one list of JSON objects, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``.
 
-    Of a folder and of the name of a dataset on the hub they are those that ``datasets`` reads.
-
-    Args:
-        path: The file, the folder, or ``hf://datasets/org/name``.
-        where: For error messages.
-        origin: ``split``, ``config`` and ``revision`` of a dataset.
+    Of a folder and of a dataset on the hub, ``hf://datasets/org/name``, they are those that ``datasets`` reads, by the
+    ``split``, ``config`` and ``revision`` of the ``origin``.
 
     Raises:
         DataError: The file, named by the recipe key ``where``, is missing, is not UTF-8, has a line that is not a JSON

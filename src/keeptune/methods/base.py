@@ -155,11 +155,7 @@ class Method(Options):
         return ()
 
     def notes(self, decisions: Mapping[Target, Decision]) -> list[str]:
-        """Returns sentences about the decisions that are shown with the plan.
-
-        Args:
-            decisions: From :meth:`allocate`.
-        """
+        """Returns sentences about the decisions of :meth:`allocate` that are shown with the plan."""
         return []
 
     def options(self) -> dict[str, Any]:
@@ -291,10 +287,6 @@ def allot_rank(target: Target, rank: int, method: str) -> Decision:
 def refuse_experts(method: Method, targets: Iterable[Target]) -> None:
     """Refuses what PEFT cannot do to a parameter that holds several experts: it trains A and B there, and no more.
 
-    Args:
-        method: The method.
-        targets: What is to be tuned.
-
     Raises:
         PlanError: The method asks for more, of targets that are such experts.
     """
@@ -314,11 +306,7 @@ def refuse_experts(method: Method, targets: Iterable[Target]) -> None:
 
 
 def stronger(method: Any, factor: float) -> tuple[str, float]:
-    """Multiplies how much a method keeps by a factor.
-
-    Args:
-        method: The method.
-        factor: Above 0; above 1 keeps more.
+    """Multiplies how much a method keeps by a factor above 0; above 1 keeps more.
 
     Raises:
         RecipeError: The method has no strength, or its strength is 0, which no factor moves.
@@ -359,21 +347,10 @@ def generator_for(target: Target, seed: int) -> torch.Generator:
 
 
 def methods() -> dict[str, type[Any]]:
-    """Returns every method: the files of this package and the entry points ``keeptune.methods``.
-
-    Raises:
-        RecipeError: Two methods share a name.
-    """
+    """Returns every method: this package's and those of entry points; a RecipeError says that two share a name."""
     return registered(keeptune.methods, Method, "method")
 
 
 def method_named(name: str) -> type[Any]:
-    """Returns the method of a name.
-
-    Args:
-        name: Its registered name, such as ``"lora-null"``.
-
-    Raises:
-        RecipeError: There is none; the message shows the nearest name.
-    """
+    """Returns the method of a name, such as ``"lora-null"``; a RecipeError shows the nearest where there is none."""
     return look_up(name, methods(), "method.name", "method")

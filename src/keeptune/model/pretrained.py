@@ -81,10 +81,7 @@ _DEFAULTS = LoadOptions()
 def load_model(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedModel:
     """Loads a causal language model or a sequence classifier, in evaluation mode.
 
-    Args:
-        name: A folder, a hub id, or a GGUF file (``folder/file.gguf``, on the hub ``org/name/file.gguf``), which is
-            dequantised; the log says so.
-        options: How.
+    Of a GGUF file (``folder/file.gguf``, on the hub ``org/name/file.gguf``) it is dequantised; the log says so.
 
     Raises:
         ModelError: There is no such model, its safetensors weights are missing, incomplete or damaged, or it
@@ -349,11 +346,7 @@ def load_offloaded(name: str, options: LoadOptions) -> PreTrainedModel:
 
     Where they are as the model needs them, they are read from its own files. Others, such as the experts that
     Transformers fuses, are written in a temporary folder (that of ``TMPDIR``) that is removed with the model. A drawn
-    head is on the device.
-
-    Args:
-        name: A folder or a hub id.
-        options: As of ``load_model``; ``device`` is where modules run.
+    head is on the device, where modules run.
 
     Raises:
         ModelError: As ``load_model``, or the model cannot be read in parts, as one quantised by bitsandbytes.

@@ -162,11 +162,7 @@ def is_gguf(name: str) -> bool:
 
 
 def place_of(name: str) -> tuple[str, dict[str, str]]:
-    """Returns a folder or hub id, and where the model is a GGUF file its name there, as ``from_pretrained`` takes both.
-
-    Args:
-        name: A folder, a hub id, a GGUF file, or a hub id and a GGUF file in it.
-    """
+    """Returns a folder or hub id, and of a GGUF file its name there, as ``from_pretrained`` takes both."""
     path = Path(name).expanduser()
     if not is_gguf(name):
         return str(path) if name.startswith("~") else name, {}

@@ -171,20 +171,12 @@ def start_of(target_plan: TargetPlan, device: torch.device) -> LowRank | None:
 
 
 def penalties() -> dict[str, type[Any]]:
-    """Returns every penalty: the files of this package and the entry points ``keeptune.penalties``.
-
-    Raises:
-        RecipeError: Two penalties share a name.
-    """
+    """Returns every penalty: this package's and those of entry points; a RecipeError says that two share a name."""
     return registered(keeptune.penalties, Penalty, "penalty")
 
 
 def penalty_named(name: str, options: Mapping[str, Any]) -> Any:
-    """Returns a penalty of a name with options.
-
-    Args:
-        name: Its registered name, such as ``"l2"``.
-        options: Its fields.
+    """Returns a penalty of a registered name, such as ``"l2"``, with options, its fields.
 
     Raises:
         RecipeError: The name or an option is unknown, or a value does not fit.

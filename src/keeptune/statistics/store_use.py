@@ -104,15 +104,10 @@ class StoreUse:
                 self._write(key, 0)
 
     def make_room(self, key: str, size: int, limit: int) -> None:
-        """Names an entry that is about to be written, and evicts others until it fits.
-
-        Args:
-            key: The entry.
-            size: Its bytes.
-            limit: Of the store, bytes.
+        """Names an entry that is about to be written, and evicts others until it fits; sizes in bytes.
 
         Raises:
-            StatisticsError: The limit is smaller than this entry.
+            StatisticsError: The limit of the store is smaller than this entry.
         """
         refuse_larger(size, limit)
         with self._alone():

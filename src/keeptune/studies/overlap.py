@@ -90,13 +90,8 @@ def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:
 def chosen_rows(attributions: Attributions, q: float = 10.0, where: Where = "layer-balanced") -> Rows:
     """Selects the rows of each down-projection by the votes of all texts, as LoKI does (eqs. 6-9) and its controls.
 
-    Args:
-        attributions: Of many texts.
-        q: Per cent of the nodes.
-        where: What is taken.
-
     Raises:
-        StatisticsError: So small a share leaves no row.
+        StatisticsError: A share of ``q`` per cent leaves no row.
     """
     rows = tuple(selected.rows for selected in select(attributions, q, where).values())
     if not any(rows):
