@@ -36,11 +36,6 @@ class Estimate:
         """Whether both ends are numbers."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
-    @property
-    def sd(self) -> float:
-        """Standard deviation over the seeds (n - 1 below); NaN with one seed."""
-        return _deviation(self.values)
-
 
 def lower_is_better(metric: str) -> bool:
     """Returns whether a smaller value of a metric is the better one: true of cross entropies."""
@@ -52,7 +47,8 @@ def t_half_width(values: Sequence[float]) -> float:
     count = len(values)
     if count < 2:
         return math.nan
-    return float(stdtrit(count - 1, 0.975)) * _deviation(values) / math.sqrt(count)
+    deviation = statistics.stdev(values)  # exact: 0 for equal values
+    return float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
 
 
 def combine(triples: Sequence[Triple]) -> Estimate | None:
@@ -86,7 +82,3 @@ def mean_of_seeds(values: Sequence[float]) -> Estimate | None:
 def clearly_above(one: Estimate, other: Estimate) -> bool:
     """Returns whether both estimates have intervals and the first lies wholly above the second."""
     return one.has_interval and other.has_interval and one.low > other.high
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else math.nan  # exact: 0 for equal values

@@ -206,12 +206,7 @@ def fit(
 ) -> tuple[list[TokenRow], Lost]:
     """Cuts examples to a length, and leaves out those of which nothing is learned.
 
-    Args:
-        rows: The examples.
-        max_length: Tokens; None for any length.
-        truncate: Whether an example that is too long loses its right or its left end, or is left out.
-        where: The recipe key, for errors.
-        key: That of the length.
+    One that is too long loses its right or its left end, or is left out, as ``truncate`` says.
 
     Returns:
         The examples that teach, and what is lost.
@@ -246,6 +241,12 @@ def fit(
     return kept, lost
 
 
+def kept_numbers(count: int, lost: Lost) -> list[int]:
+    """Returns the numbers, from 1, of the examples that are not left out."""
+    out = {number for reason, numbers in lost.items() if reason.startswith(LEFT_OUT) for number in numbers}
+    return [number for number in range(1, count + 1) if number not in out]
+
+
 def draw_rows(count: int, size: int, seed: int) -> list[int]:
     """Returns the indices of ``size`` of ``count`` rows, drawn without replacement, in the order of the draw.
 
@@ -273,8 +274,6 @@ def data_account(
     """
     rows, lost = examples.fitted(tokenizer, max_length)
     lengths = [len(row.ids) for row in rows]
-    out = {number for reason, numbers in lost.items() if reason.startswith(LEFT_OUT) for number in numbers}
-    numbers = [number for number in range(1, len(examples) + 1) if number not in out]
     account = {
         "examples": len(examples),
         "kept": len(rows),
@@ -282,7 +281,7 @@ def data_account(
         "learned": sum(label != -100 for row in rows for label in labels_of(row)),
         "lengths": {"shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths)},
         "lost": lost,
-        "noted": _noted(dict(zip(numbers, rows, strict=True)), tokenizer),
+        "noted": _noted(dict(zip(kept_numbers(len(examples), lost), rows, strict=True)), tokenizer),
         "shown": [marked(row, tokenizer) for row in rows[:show]],
     }
     return account, rows

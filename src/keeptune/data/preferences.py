@@ -19,7 +19,7 @@ from keeptune.core.errors import DataError, named
 from keeptune.data.calibration import after
 from keeptune.data.chat_template import REFUSALS
 from keeptune.data.completions import common_start
-from keeptune.data.examples import LEFT_OUT, LanguageExamples, Lost, TokenRow, Truncate, fit
+from keeptune.data.examples import LanguageExamples, Lost, TokenRow, Truncate, fit, kept_numbers
 from keeptune.data.formats import FormatOptions, text_or_messages
 from keeptune.data.sources import Row, pick
 
@@ -93,8 +93,7 @@ class Preferences(LanguageExamples):
         return [TokenRow(one.ids[:max_length], one.learned[:max_length]) for one in first], lost
 
     def _kept(self, lost: Lost) -> list[int]:
-        out = {number for reason, own in lost.items() if reason.startswith(LEFT_OUT) for number in own}
-        return [row for row in range(len(self)) if row + 1 not in out]
+        return [number - 1 for number in kept_numbers(len(self), lost)]
 
     def _encoded(self, tokenizer: PreTrainedTokenizerBase, text: Text, where: str, *, answered: bool) -> list[int]:
         if isinstance(text, str):

@@ -99,12 +99,7 @@ class Method(Options):
         return self.statistics
 
     def score(self, target: Target, weight: Tensor, stats: StatsView) -> Any:
-        """Summarises a target for :meth:`allocate`.
-
-        Args:
-            target: The target.
-            weight: W ``(m, n)``, float32.
-            stats: What was requested.
+        """Summarises a target for :meth:`allocate`, given W ``(m, n)``, float32, and what was requested.
 
         Returns:
             The summary, small; None where all targets are treated alike.
@@ -120,14 +115,7 @@ class Method(Options):
         return {target: Decision(0) for target in scores}
 
     def build(self, target: Target, weight: Tensor, stats: StatsView, decision: Decision) -> TargetPlan:
-        """Computes the starting factors of a target.
-
-        Args:
-            target: The target.
-            weight: W ``(m, n)``, float32.
-            stats: What was requested.
-            decision: Its decision, of a rank above 0.
-        """
+        """Computes the starting factors of a target with a rank above 0, given W ``(m, n)``, float32."""
         raise NotImplementedError(f"{self.name} builds no adapter")
 
     def size(self, target: Target, downs: Collection[str]) -> Size:

@@ -26,9 +26,6 @@ class Keep(LoraStart):
         nats: The budget: how many nats per token may be lost on the knowledge.
         every: At which optimiser steps it is measured and held: 4 is every fourth; None chooses it.
         batch_size: Knowledge texts of such a step; None chooses: as many as add a quarter to a step.
-
-    Raises:
-        PlanError: An option is out of range.
     """
 
     name = "keep"

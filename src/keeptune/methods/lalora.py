@@ -36,9 +36,6 @@ class Lalora(Draws, LoraStart):
             change.
         batches: Batches of each knowledge set; None is all of it.
         batch_size: Examples per batch.
-
-    Raises:
-        PlanError: An option is out of range.
     """
 
     name = "lalora"

@@ -49,16 +49,10 @@ def continued(
     limits: Limits,
     pick: Callable[[Tensor, int], Tensor] | None = None,
 ) -> list[list[int]]:
-    """Continues one batch of R prompts, padded on the left.
+    """Continues one batch of R prompts, token ids padded on the left.
 
     The model's own generation settings (sampling, penalties) do not apply, nor do the tokenizer's settings of padding.
-
-    Args:
-        model: On the device where it runs.
-        tokenizer: Its tokenizer.
-        prompts: Token ids of each prompt.
-        limits: Where texts end.
-        pick: From (R, V) logits and the number of tokens written so far to the next R tokens; None is the likeliest.
+    ``pick`` goes from (R, V) logits and the number of tokens written so far to the next R; None is the likeliest.
 
     Returns:
         The new tokens of each prompt, an end token last where there is one.

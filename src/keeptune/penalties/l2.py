@@ -83,9 +83,6 @@ class L2Options(Options):
         noise_fraction: Share of a prompt's tokens that get noise (naie).
         noise_scale: Its standard deviation, in units of that of the token embeddings (naie).
         trace_examples: How many examples of each knowledge set are traced, the first ones (naie).
-
-    Raises:
-        PlanError: An option is out of range.
     """
 
     ranges = {

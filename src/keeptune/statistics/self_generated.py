@@ -104,13 +104,8 @@ def write_texts(
 ) -> SelfWritten:
     """Has a model write texts, or those that the store has not, and leaves out those of no use.
 
-    Args:
-        model: Loads the base, quantised or not; not called where the store has all.
-        tokenizer: Its tokenizer.
-        options: What is written.
-        store: Keeps the texts, batch by batch.
-        fingerprint: Of the model's weights.
-        where: The recipe key.
+    ``model`` loads the base, of this fingerprint; it is not called where the store, which keeps the texts batch by
+    batch, has all.
 
     Raises:
         DataError: Hardly any text is of use.

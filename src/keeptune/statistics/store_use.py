@@ -86,11 +86,7 @@ def refuse_larger(size: int, limit: int) -> None:
 
 @dataclass(eq=False)
 class StoreUse:
-    """What one user of a store reads and writes: as long as this object is there, nobody evicts it.
-
-    Args:
-        folder: The store.
-    """
+    """What one user of a store reads and writes: as long as this object is there, nobody evicts it."""
 
     folder: Path
     _named: set[str] = field(default_factory=set, init=False)

@@ -112,15 +112,9 @@ def _check(job: Job, over: str) -> None:
 
 
 def drawn_rows(like: Rows, nodes: int, seed: int, *, whole: bool) -> Rows:
-    """Draws as many rows as a selection has, ascending.
+    """Draws as many rows as a selection has, ascending, of the ``nodes`` of each block.
 
     Laws: the number of rows is the same, of each block unless ``whole``; none twice; the same seed draws the same.
-
-    Args:
-        like: The selection.
-        nodes: Nodes of each block, D.
-        seed: Of the draw.
-        whole: Draw from all blocks together.
     """
     generator = torch.Generator().manual_seed(seed)
     if not whole:

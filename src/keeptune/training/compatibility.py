@@ -29,36 +29,32 @@ def refuse_trainer(trainer: Any, plan: Plan) -> None:
     kind = trainer.accelerator.distributed_type
     sharding = trainer.accelerator.state.fsdp_plugin if kind == DistributedType.FSDP else None
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    for refused, place, got, wanted, next_step in (
+    for refused, got, wanted, next_step in (
         (
             plan.scope != "adapter",
-            where,
             f"the method {plan.method}, which changes whole weights",
             "a method that trains low-rank factors",
             "Leave `penalties` out, or take another method.",
         ),
         (
             sharding is not None and sharding.fsdp_version != 2,
-            where,
             "FSDP 1, which flattens the factors of several modules into one tensor",
             "FSDP2",
             "Set `fsdp_version: 2` in the config of accelerate.",
         ),
         (
             kind == DistributedType.DEEPSPEED and "kept_directions" in plan.training,
-            f"method {plan.method}",
             "DeepSpeed, whose optimiser holds the factors and their gradients in a form of its own",
             "a single process, DDP or FSDP2",
             "Train with one of these.",
         ),
-        (kind not in _KNOWN, where, f"the back-end {kind.value}", _BACK_ENDS, "Train with one of these."),
+        (kind not in _KNOWN, f"the back-end {kind.value}", _BACK_ENDS, "Train with one of these."),
         (
             any(part in optimizer for part in _STEP_IN_BACKWARD),
-            where,
             f"the optimiser {optimizer}, which changes weights inside the backward pass",
             "one that steps after it",
             "Set train.optim to adamw_torch.",
         ),
     ):
         if refused:
-            raise TrainError(place, got=got, wanted=wanted, next_step=next_step)
+            raise TrainError(where, got=got, wanted=wanted, next_step=next_step)

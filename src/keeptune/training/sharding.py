@@ -51,13 +51,8 @@ def refuse_launcher(
 ) -> None:
     """Refuses what a launcher asks for and cannot be trained exactly, before anything is loaded.
 
-    Args:
-        task: Its kind.
-        examples: How many it has.
-        loss: What is learned of each token; None for nll.
-        device_map: The recipe's, which divides the layers among devices itself; else None.
-        rows: The tokens whose rows are trained, of modules; else None.
-        shards: Whether FSDP2 takes the base as it is quantised.
+    ``loss`` is None for nll; ``device_map`` the recipe's; ``rows`` the tokens whose rows are trained; ``shards`` says
+    whether FSDP2 takes the base as it is quantised.
 
     Raises:
         RecipeError: It is refused, with the reason and what to do.
