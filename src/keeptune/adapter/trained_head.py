@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from keeptune.core.errors import PlanError, need_known
 from keeptune.core.plan import Plan
-from keeptune.model.head import Head
 
 Edit = Callable[[Tensor], object]
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]
@@ -154,8 +153,11 @@ def task_type(plan: Plan) -> str:
 
 def labels_of(model: PreTrainedModel | PeftModel) -> list[str] | None:
     """Returns a classifier's labels in the order of the outputs; empty for a score, None for a language model."""
-    head = Head.of(model.get_base_model() if isinstance(model, PeftModel) else model)
-    return None if head is None else list(head.labels)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not type(base).__name__.endswith("ForSequenceClassification"):
+        return None
+    names = base.config.id2label
+    return [names[index] for index in sorted(names)] if len(names) > 1 else []
 
 
 def keep_precise(model: PeftModel, plan: Plan) -> None:
