@@ -34,13 +34,17 @@ def compare(
     """Run methods x rates x strengths x seeds (the recipe's `compare` section). Started again, it goes on."""
     from keeptune.data import hub
     from keeptune.experiments.choice import parse_max_loss
-    from keeptune.experiments.plan_runs import load_comparison
+    from keeptune.experiments.engine import tasks_of
+    from keeptune.experiments.plan_runs import RUNS, list_runs, load_comparison
 
     limits = parse_max_loss(max_loss) if max_loss else None
     overrides = overrides_of(context)
     if dry_run:
         listed = load_comparison(recipe, overrides, fetch=hub.cached)
-        _list_runs(listed)
+        folder, specs = listed.output / RUNS, list_runs(listed)
+        # Where no run has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
+        done = len(specs) - len(tasks_of(listed, specs)[1]) if folder.is_dir() else 0
+        echo(f"{len(specs)} runs below {folder}, {done} done")
         return cli_dry.dry_run(recipe, overrides, flops, as_json=as_json)
     return run_and_show(load_comparison(recipe, overrides), limits)
 
@@ -100,17 +104,6 @@ def interval_text(value: Any) -> str:
     return text if value.get("low") is None else f"{text} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
-def _list_runs(loaded: Any) -> None:
-    from keeptune.experiments.engine import tasks_of
-    from keeptune.experiments.plan_runs import RUNS, list_runs
-
-    folder = loaded.output / RUNS
-    specs = list_runs(loaded)
-    # Where no run has a folder nothing is done, and what is done need not be compared with data that are elsewhere.
-    done = len(specs) - len(tasks_of(loaded, specs)[1]) if folder.is_dir() else 0
-    echo(f"{len(specs)} runs below {folder}, {done} done")
-
-
 def sweep(
     context: typer.Context,
     recipe: RecipeFile,
@@ -162,13 +155,6 @@ def _show(compared: Any) -> None:
     print_comparison({"base": "", "methods": runs}, Console())
     if "benefit" in series:
         print_benefits(series, Console())
-
-
-def has_stages(recipe: Path, overrides: Mapping[str, Any]) -> bool:
-    """Returns whether a recipe, a YAML file with overrides, is that of a sequence."""
-    from keeptune.recipe.reading import read_values
-
-    return "stages" in read_values(recipe, overrides)
 
 
 def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> Any:

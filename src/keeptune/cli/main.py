@@ -61,7 +61,11 @@ def main() -> None:
     if several and not divided and _HOSTED.isdisjoint(sys.argv[1:2]) and os.environ.get("RANK", "0") != "0":
         return  # the first process does it alone
     try:
-        with _joined() if several and divided else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if several and divided:
+                from keeptune.core.processes import joined  # loads torch
+
+                stack.enter_context(joined())
             _quiet_libraries()
             app(standalone_mode=True, prog_name="keeptune")
     except KeeptuneError as error:
@@ -69,12 +73,6 @@ def main() -> None:
         sys.exit(ExitCode.WRONG)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
-
-
-def _joined() -> contextlib.AbstractContextManager[None]:
-    from keeptune.core.processes import joined  # loads torch
-
-    return joined()
 
 
 @app.command(context_settings=OVERRIDES)
@@ -89,11 +87,12 @@ def run(
 ) -> Any:
     """Run the whole job: statistics, plan, train, export, evaluate, report; or each of the recipe's `stages`."""
     from keeptune.pipeline.run import run as run_job
+    from keeptune.recipe.reading import read_values
 
     overrides = overrides_of(context)
     if dry:
         return dry_run.dry_run(recipe, overrides, flops, as_json=as_json)
-    if compare.has_stages(recipe, overrides):
+    if "stages" in read_values(recipe, overrides):
         return compare.run_stages(recipe, overrides)
     loaded = load(recipe, context)
     return print_report(run_job(loaded), loaded.output)

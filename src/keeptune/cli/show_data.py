@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from keeptune.cli.shared import RecipeFile, load
-
-if TYPE_CHECKING:
-    from keeptune.data.examples import Marked
 
 
 def show_data(
@@ -42,7 +39,10 @@ def show_data(
     account, rows = job.data_account(show)
     for number, example in enumerate(account["shown"], start=1):
         Console().print(Text(f"── example {number} ──", "dim"))
-        Console().print(_coloured(example), soft_wrap=True)
+        text = Text()
+        for part, learned in example:  # in brackets too, which a file keeps
+            text.append(f"⟦{part}⟧" if learned else part, style="green" if learned else "")
+        Console().print(text, soft_wrap=True)
     _print_account(account)
     if rows_file is not None:
         lines = [
@@ -51,14 +51,6 @@ def show_data(
         write_text(rows_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         typer.echo(f"{len(rows)} examples in {rows_file}")
     return account
-
-
-def _coloured(example: Marked) -> Text:
-    """Returns an example with what is learned in colour and in brackets, which a file keeps."""
-    text = Text()
-    for part, learned in example:
-        text.append(f"⟦{part}⟧" if learned else part, style="green" if learned else "")
-    return text
 
 
 def _print_account(account: Mapping[str, Any]) -> None:

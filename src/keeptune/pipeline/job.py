@@ -22,7 +22,7 @@ from keeptune.data.calibration import Calibration
 from keeptune.data.chat_template import with_template
 from keeptune.data.completions import joined_knowledge, with_replay
 from keeptune.data.examples import LanguageExamples, TokenRow, data_account
-from keeptune.data.labelled import choose_rows
+from keeptune.data.labelled import LabelledExamples, Texts, choose_rows
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import Corpus, refuse_used, used_rows
 from keeptune.model.head import Head, body_fingerprint
@@ -366,7 +366,11 @@ class Job:
         refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows, shards=shards)
         quantised_loading(recipe.model, self._source())
         self.task.first_tokens(1, self.tokenizer, 1)  # what a chat template refuses is refused here
-        used = task_kinds.used_texts(self.task, self._task_files, self.filed_knowledge, self.knowledge_rows)
+        used = [Corpus("task.train", [row for rows in self._task_files for row in rows], self.task.read_texts)]
+        for part, own in zip(self.filed_knowledge, self.knowledge_rows, strict=True):
+            labelled = isinstance(self.task, LabelledExamples)
+            texts = Texts(tuple(part.read_texts)).whole if labelled else part.read_texts
+            used.append(Corpus(f"{part.where}.file", own, texts))
         for benchmark in recipe.evaluate:
             self.kind.check_benchmark(self.task, benchmark)
             refuse_used(used, benchmark, self.tokenizer)

@@ -254,7 +254,13 @@ def with_penalties(
             return Site(planned, read_weight(model, target), statistics.view(target), targets, blocks)
 
         plans.append(_with_texts(penalty, penalty_plan(penalty, own, site_of), model, data))
-    notes = [*plan.provenance.get("notes", ()), *free, *_penalty_notes(plan, held, plans)]
+    notes = [*plan.provenance.get("notes", ()), *free]
+    for (penalty, own), made in zip(held, plans, strict=True):
+        notes += penalty.notes(replace(plan, targets=own), made.tensors)
+    if any("magnitude" in t.trainable for _, own in held for t in own):
+        notes.append("penalties hold the change of the directions, s B A; the magnitudes are free")
+    if any("bias" in t.trainable for t in plan.targets):
+        notes.append("penalties on weights hold the change of W, s B A; the biases are free")
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(plans), provenance=provenance)
 
@@ -295,18 +301,3 @@ def _with_texts(
             next_step="Take a penalty on the weight change, with `method: lora`: l2, or laplace with delta-act.",
         )
     return replace(made, tensors={**made.tensors, **penalty.texts(data)})
-
-
-def _penalty_notes(
-    plan: Plan,
-    held: Sequence[tuple[Penalty, Sequence[TargetPlan]]],
-    plans: Sequence[PenaltyPlan],
-) -> list[str]:
-    notes = []
-    for (penalty, own), made in zip(held, plans, strict=True):
-        notes += penalty.notes(replace(plan, targets=tuple(own)), made.tensors)
-    if any("magnitude" in t.trainable for _, own in held for t in own):
-        notes.append("penalties hold the change of the directions, s B A; the magnitudes are free")
-    if any("bias" in t.trainable for t in plan.targets):
-        notes.append("penalties on weights hold the change of W, s B A; the biases are free")
-    return notes

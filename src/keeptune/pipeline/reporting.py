@@ -85,8 +85,14 @@ class FinishedRun:
             on = f"on {exported['original']} its logits are off by {gap:.0%} (relative)"
             notes.append(f"the adapter is for the quantised base; {on}")
         notes += [*plan.provenance.get("notes", []), *trained.get("notes", [])]
-        self._check_same("train", trained["plan"], plan.key)
-        self._check_same("export", exported["train"], trained["key"])
+        for stage, same in (("train", trained["plan"] == plan.key), ("export", exported["train"] == trained["key"])):
+            if not same:
+                raise ArtefactError(
+                    str(self.folder),
+                    got=f"the {stage} stage of another recipe than the stage before it",
+                    wanted="stages of one recipe",
+                    next_step=f"Run `keeptune run` (or `keeptune {stage}` and what follows) with the run's recipe.",
+                )
         return {
             "name": self._name,
             "method": plan.method,
@@ -121,15 +127,6 @@ class FinishedRun:
         added = [penalty["name"] for penalty in self.recipe.get("penalties", ())]
         added += [loss] * (loss != "nll") + ["stm"] * (task.get("stm_threshold") is not None)
         return " + ".join([name, *added, *(["replay"] if self.recipe.get("replay") else [])])
-
-    def _check_same(self, stage: str, made_with: str, key: str) -> None:
-        if made_with != key:
-            raise ArtefactError(
-                str(self.folder),
-                got=f"the {stage} stage of another recipe than the stage before it",
-                wanted="stages of one recipe",
-                next_step=f"Run `keeptune run` (or `keeptune {stage}` and what follows) with the run's recipe.",
-            )
 
 
 def _read(path: Path, stage: str) -> Any:

@@ -48,22 +48,18 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     if merged:
         _log.info("evaluate: the result is merged into the original, and before and after are scores of the original")
     elif job.recipe.export.check_original:
-        _score_on_original(job, folder, results, weights)
+        original, adapted = job.original, cache(lambda: AdapterPair(load_adapter(job.load_original(), folder)))
+        place = results.with_name(f"{results.name}-original")
+        for one in job.recipe.evaluate:
+            found = score(job, one, adapted, place, weights, None, {"on": original})["summary"]
+            told = one.name, original, found["before"], found["after"]
+            _log.info("%s on the original %s: %.3f before, %.3f after", *told)
     return scores
 
 
 def _is_into_original(job: Job, folder: Path) -> bool:
     """Whether a result is a whole model of floats of a quantised base: its base is the original."""
     return not (folder / "adapter_config.json").is_file() and job.original is not None
-
-
-def _score_on_original(job: Job, folder: Path, results: Path, weights: str) -> None:
-    """Scores an adapter on the original of its quantised base too, in memory as whole models are scored."""
-    original, adapted = job.original, cache(lambda: AdapterPair(load_adapter(job.load_original(), folder)))
-    for one in job.recipe.evaluate:
-        place = results.with_name(f"{results.name}-original")
-        found = score(job, one, adapted, place, weights, None, {"on": original})["summary"]
-        _log.info("%s on the original %s: %.3f before, %.3f after", one.name, original, found["before"], found["after"])
 
 
 def score(
@@ -116,9 +112,8 @@ def load_pair(job: Job, folder: Path) -> AdapterPair | TwoModels:
         check_base(folder, job.base_fingerprint, None if job.head is None else job.head.labels)
         return AdapterPair(load_adapter(job.base(), folder))
     options = LoadOptions(dtype=job.recipe.dtype, device=job.device, head=job.head)
-    if _is_into_original(job, folder):
-        return TwoModels(job.load_original(), load_model(str(folder), options))
-    return TwoModels(job.base(), load_model(str(folder), options))
+    base = job.load_original if _is_into_original(job, folder) else job.base
+    return TwoModels(base(), load_model(str(folder), options))
 
 
 def find_result(output: Path) -> Path:

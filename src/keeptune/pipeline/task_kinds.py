@@ -13,10 +13,9 @@ from keeptune.data.chat_template import template_text
 from keeptune.data.completions import knowledge_set, mixture, task_examples
 from keeptune.data.examples import Examples, LanguageExamples
 from keeptune.data.formats import FormatOptions, read_examples
-from keeptune.data.labelled import LabelledExamples, Texts, label_indices, labelled_examples, lettered_rows
+from keeptune.data.labelled import LabelledExamples, label_indices, labelled_examples, lettered_rows
 from keeptune.data.preferences import preferences
 from keeptune.data.sources import Row, read_jsonl
-from keeptune.evaluation.benchmark_data import Corpus
 from keeptune.evaluation.benchmarks import Benchmark, FileBenchmark
 from keeptune.evaluation.items import Item, load_items
 from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES
@@ -154,17 +153,6 @@ _CLASSIFICATION = replace(
 _PREFERENCE = replace(_COMPLETION, name="preference", read=partial(_read_judged, paired=True))
 _UNPAIRED = replace(_COMPLETION, name="unpaired_preference", read=partial(_read_judged, paired=False))
 KINDS = {kind.name: kind for kind in (_COMPLETION, _PREFERENCE, _UNPAIRED, _CLASSIFICATION, _REGRESSION)}
-
-
-def used_texts(
-    task: Any, files: Sequence[Sequence[Row]], sets: Sequence[LanguageExamples], set_rows: Sequence[Sequence[Row]]
-) -> list[Corpus]:
-    """Returns what is trained on and kept, which no benchmark may hold: the task, and the knowledge sets of files."""
-    used = [Corpus("task.train", [row for rows in files for row in rows], task.read_texts)]
-    for part, own in zip(sets, set_rows, strict=True):
-        texts = Texts(tuple(part.read_texts)).whole if isinstance(task, LabelledExamples) else part.read_texts
-        used.append(Corpus(f"{part.where}.file", own, texts))
-    return used
 
 
 def own_generations(recipe: Recipe, needs: Collection[DataRole]) -> dict[str, SelfGeneration]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,15 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        alias = self.check_event(yaml.AliasEvent)
-        self._depth += 1
-        if self._depth > _DEPTH:
-            raise _Refused(f"more than {_DEPTH} levels", self.peek_event())  # type: ignore[no-untyped-call]
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        if not alias:
-            self._check(node)
-        elif not hasattr(node, "size"):
+    def nodes(self, node: Any, level: int = 1, above: tuple[int, ...] = ()) -> Iterator[Any]:
+        """Yields a node and those below it, as often as aliases use them; refuses what no recipe holds."""
+        if id(node) in above:
             raise _Refused("an alias of something that it is part of", node)
-        return node
-
-    def _check(self, node: Any) -> None:
+        if level > _DEPTH:
+            raise _Refused(f"more than {_DEPTH} levels", node)
         if node.tag not in _PLAIN:
             raise _Refused(f"the tag {node.tag}", node)
+        yield node
         children = node.value
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
@@ -52,11 +41,8 @@ class _Loader(yaml.SafeLoader):
         elif isinstance(node, yaml.ScalarNode):
             self._check_scalar(node)
             children = []
-        node.size = 1 + sum(child.size for child in children)
-        node.levels = 1 + max((child.levels for child in children), default=0)
-        for found, most, kind in ((node.size, _VALUES, "values"), (node.levels, _DEPTH, "levels")):
-            if found > most:
-                raise _Refused(f"more than {most} {kind}", node)
+        for child in children:
+            yield from self.nodes(child, level + 1, (*above, id(node)))
 
     def _check_scalar(self, node: yaml.ScalarNode) -> None:
         if "\0" in node.value:
@@ -81,7 +67,8 @@ _Loader.add_implicit_resolver(
 
 class _Refused(yaml.MarkedYAMLError):
     def __init__(self, problem: str, at: Any) -> None:
-        super().__init__(problem=problem, problem_mark=at.start_mark)
+        mark = at.get_mark() if isinstance(at, _Loader) else at.start_mark
+        super().__init__(problem=problem, problem_mark=mark)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -102,7 +89,13 @@ def parse_yaml(text: str) -> Any:
     """
     loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        root = loader.get_single_node()
+        for number, node in enumerate(() if root is None else loader.nodes(root), start=1):
+            if number > _VALUES:
+                raise _Refused(f"more than {_VALUES} values", node)
+        return None if root is None else loader.construct_document(root)
+    except RecursionError as error:
+        raise _Refused(f"more than {_DEPTH} levels", loader) from error
     finally:
         loader.dispose()
 
