@@ -175,10 +175,7 @@ def test_published_scores_stand_in_the_record_and_on_the_page(tmp_path: Path) ->
     rows = [made(write_run(tmp_path / "a", SCORES))]
     record, front = write_records(tmp_path, rows, SECTION, about={"published": scores})
     assert read_json(tmp_path / RUNS_FILE)["published"] == record["published"] == scores
-    grid = published(record, front)
-    assert grid is not None
-    ((*numbers, source),) = grid.rows
-    assert (numbers, source.main) == (["lora", "facts", "0.713", "0.700"], "Table 9 (LoRA, 320M)")
+    assert published(record, front) == [(scores[0], pytest.approx(0.7))]
 
 
 def test_a_comparison_of_which_nothing_finished_has_records(tmp_path: Path) -> None:

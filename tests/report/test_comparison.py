@@ -18,8 +18,6 @@ from keeptune.report.grids import Cell
 from keeptune.report.pages.comparison_charts import Scales, fronts, ranges
 from keeptune.report.pages.comparison_page import (
     base_score,
-    every_run,
-    failures,
     matched_rows,
     published,
     render_comparison,
@@ -142,30 +140,34 @@ def test_nats_are_not_points(records: tuple[Record, Record]) -> None:
 
 def test_every_run_is_in_the_table_and_failures_have_reasons(records: tuple[Record, Record]) -> None:
     cells, front = records
-    rows = every_run(cells).rows
-    assert len(rows) == len(cells["runs"]) == 90
-    first = dict(zip(every_run(cells).heads, rows[0], strict=True))
-    assert isinstance(first["topics"], Cell) and first["topics"].key == cells["runs"][0]["benchmarks"][1]["after"]
-    told = failures(cells, front)
-    assert [(state, why) for _, state, why in told] == [
-        ("failed", "OutOfMemoryError: <b>too large</b>"),
-        ("missing", "no reason is known"),
-    ]
     left = front | {"excluded": [*front["excluded"], {"run": "z", "why": "a score is not a number"}]}
-    assert ("z", "left out", "a score is not a number") in failures(cells, left)
+    text = render_comparison(cells, left)
+    table = text[text.index('<table id="runs"') :]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table)
+    assert [name for name, _ in rows] == [row["name"] for row in cells["runs"]] and len(rows) == 90
+    heads = re.findall(r'<th scope="col".*?>(.*?)</th>', table)
+    keys = dict(zip(heads[1:], re.findall(r'<td(?: data-key="(.*?)")?', rows[0][1]), strict=True))
+    assert float(keys["topics"]) == cells["runs"][0]["benchmarks"][1]["after"]
+    told = re.findall(r"<li><b>(.*?)</b> \((.*?)\): (.*?)</li>", text)
+    assert told == [
+        (cells["runs"][4]["name"], "failed", "OutOfMemoryError: &lt;b&gt;too large&lt;/b&gt;"),
+        (cells["runs"][7]["name"], "missing", "no reason is known"),
+        ("z", "left out", "a score is not a number"),
+    ]
 
 
 def test_published_numbers_stand_beside_ours(records: tuple[Record, Record]) -> None:
     cells, front = records
-    assert published(cells, front) is None
+    assert published(cells, front) == []
     entry = {"label": "keep", "benchmark": "facts", "score": 0.9, "source": "Table 3"}
-    grid = published(cells | {"published": [entry, entry | {"label": "other"}]}, front)
-    assert grid is not None
+    both = cells | {"published": [entry, entry | {"label": "other"}]}
     best = max((p for p in front["points"] if p["label"] == "keep"), key=lambda p: p["learned"]["mean"])
     ours = [c["benchmarks"][0]["after"] for c in cells["runs"] if c["name"] in best["runs"]]
-    assert grid.rows[0] == ("keep", "facts", "0.900", f"{sum(ours) / 3:.3f}", Cell("Table 3", kind="path"))
-    assert grid.rows[1][3] == "–"
-    assert "Published beside ours" in render_comparison(cells | {"published": [entry]}, front)
+    assert [own for _, own in published(both, front)] == [pytest.approx(sum(ours) / 3), None]
+    text = render_comparison(both, front)
+    numbers = f"<td>facts</td><td>0.900</td><td>{sum(ours) / 3:.3f}</td>"
+    assert f'<tr><th scope="row">keep</th>{numbers}<td class="path">Table 3</td></tr>' in text
+    assert "Published beside ours" in text and "<td>0.900</td><td>–</td>" in text
 
 
 def test_the_choice_is_told_and_ringed(records: tuple[Record, Record]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from keeptune.report.grids import Cell, bar
 from keeptune.report.pages import layer_charts, run_charts
-from keeptune.report.pages.charts import heat_map, hover, mark, plain
+from keeptune.report.pages.charts import heat_map, hover, mark, plain, role_map
 from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.records import as_report
 
@@ -94,6 +94,11 @@ def test_importances_are_coloured_by_logarithm_and_say_the_number(full: dict[str
     trace = next(chart for chart in charts if chart.name.startswith("importances")).figure.to_plotly_json()["data"][0]
     assert trace["z"][0] == pytest.approx([-2.0, math.log10(0.02)])
     assert trace["text"][0] == ["1.0e-02", "2.0e-02"]
+
+
+def test_targets_outside_any_block_have_no_column() -> None:
+    (chart,) = role_map("ranks", "", [(-1, "lm_head", 4.0), (0, "q_proj", 8.0), (1, "q_proj", 2.0)], "cool", "rank")
+    assert chart.figure.data[0].z == ([8.0, 2.0],) and list(chart.figure.layout.xaxis.ticktext) == ["0", "1"]
 
 
 def test_looks_differ_in_more_than_colour() -> None:

@@ -29,7 +29,6 @@ class Cell:
         main: Its text.
         note: What stands below it, may be empty.
         index: Of the label whose mark stands before it.
-        key: What its column is sorted by, where that is a number.
         bar: What shows a change, before the text.
         kind: Its class in the style sheet: ``path`` for long texts, or ``bar``.
     """
@@ -37,7 +36,6 @@ class Cell:
     main: str
     note: str = ""
     index: int | None = None
-    key: float | None = None
     bar: Bar | None = None
     kind: str = ""
 

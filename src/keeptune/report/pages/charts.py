@@ -182,7 +182,7 @@ def map_chart(name: str, words: str, figure: go.Figure, pixels: int = 26, most: 
     return Chart(name, words, figure, max(130 + pixels * min(len(figure.data[0].z), most), LEAST))
 
 
-Placed = Sequence[tuple[int | None, str, float | None]]
+Placed = Sequence[tuple[int, str, float | None]]
 
 
 def role_map(name: str, words: str, cells: Placed, scale: str, said: str, **more: Any) -> list[Chart]:
@@ -191,12 +191,12 @@ def role_map(name: str, words: str, cells: Placed, scale: str, said: str, **more
     Args:
         name: The chart's name.
         words: What it shows.
-        cells: Layer (None is outside any block), role and number.
+        cells: Layer (-1 is outside any block), role and number.
         scale: As in :func:`heat_map`.
         said: What the numbers are.
         more: The other arguments of :func:`heat_map`; colours are from zero to the largest by default.
     """
-    placed = [(layer, role, math.nan if value is None else value) for layer, role, value in cells if layer is not None]
+    placed = [(layer, role, math.nan if value is None else value) for layer, role, value in cells if layer >= 0]
     # All layers, so that maps of one plan stand in line.
     layers = sorted({layer for layer, _, _ in placed})
     roles = list(dict.fromkeys(role for _, role, value in placed if math.isfinite(value)))

@@ -13,17 +13,12 @@ from keeptune.core.artefact import write_text
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import Cell, Grid, bar
-from keeptune.report.numbers import ends, listing, number, option_text
+from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.comparison_charts import Scales, cost, fronts, labels_of, setting_rows
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, repeat
 
 _MOST_NAMED: Final = 6
-_CHOICE: Final = {
-    **{"max_loss": "may lose", "point": "setting", "estimate": "by", "loss": "loses", "learned": "task score"},
-    **{"run": "its run", "run_loss": "the run loses", "run_learned": "the run's task score"},
-    **{"unbound": "without a limit", "adapter": "adapter"},
-}
 Front = Mapping[str, Any]
 
 
@@ -59,10 +54,14 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
         score=front["matched"]["score"],
         baseline=front["matched"]["baseline"],
         matched=matched_rows(runs, front),
-        choice=_choice(front),
+        choice=front["choice"],
         notes=front["notes"],
-        failures=failures(runs, front),
-        everything=every_run(runs),
+        runs=rows,
+        names=[b["name"] for b in runs["benchmarks"]],
+        excluded=front["excluded"],
+        relative=[key for key in ("K", "T", "KT") if any(row[key] is not None for row in rows)],
+        setting_rows=setting_rows,
+        cost=cost,
         published=published(runs, front),
         repeat=repeat([("Do it again", runs["command"])], [("Recipe", runs["recipe"])]),
         counts=f"{counted}; {states.count('done')} of {len(rows)} runs finished{f' ({other})' if other else ''}",
@@ -150,70 +149,16 @@ def matched_rows(runs: Mapping[str, Any], front: Front) -> Grid | None:
     return Grid(heads, tuple(matched)) if matched else None
 
 
-def every_run(runs: Mapping[str, Any]) -> Grid:
-    """Returns a table of all runs."""
-    names = [b["name"] for b in runs["benchmarks"]]
-    relative = [key for key in ("K", "T", "KT") if any(row[key] is not None for row in runs["runs"])]
-    first = ("run", "label", "rate", "strength", "seed", "status", "learned", "forgotten")
-    rows: list[tuple[str | Cell, ...]] = []
-    for row in runs["runs"]:
-        after = {b["name"]: b["after"] for b in row["benchmarks"]}
-        setting = "; ".join(f"{key} {value}" for key, value in setting_rows(row)[4:])
-        numbers = [row[key] for key in ("learning_rate", "strength", "seed")]
-        scores = [row["learned"], row["forgotten"], *map(after.get, names), *(row[key] for key in relative)]
-        status = row["status"] + (f": {row['message']}" if row["message"] else "")
-        rows.append(
-            (
-                row["name"],
-                row["label"],
-                *(Cell("–" if n is None else f"{n:g}", key=n) for n in numbers),
-                Cell(status, kind="path"),
-                *(Cell(number(n), key=n) for n in scores),
-                Cell(cost(row), key=row["seconds"]["train"]),
-                Cell(setting or "–", kind="path"),
-            )
-        )
-    return Grid((*first, *names, *relative, "trained", "setting"), tuple(rows))
-
-
-def failures(runs: Mapping[str, Any], front: Front) -> list[tuple[str, str, str]]:
-    """Returns the runs that failed, are missing, or are left out of the front, with the reason."""
-    known = {
-        row["name"]: (row["name"], row["status"], row["message"] or "no reason is known")
-        for row in runs["runs"]
-        if row["status"] != "done"
-    }
-    for entry in front["excluded"]:
-        known.setdefault(entry["run"], (entry["run"], "left out", entry["why"]))
-    return list(known.values())
-
-
-def published(runs: Mapping[str, Any], front: Front) -> Grid | None:
-    """Returns published numbers beside ours, of each label those of the setting that learned most; None without any."""
+def published(runs: Mapping[str, Any], front: Front) -> list[tuple[Mapping[str, Any], float | None]]:
+    """Returns published numbers with ours, of each label those of the setting that learned most."""
     rows = []
     for entry in runs.get("published", ()):
-        label, name = entry["label"], entry["benchmark"]
-        members = [point for point in front["points"] if point["label"] == label]
+        members = [point for point in front["points"] if point["label"] == entry["label"]]
         best = max(members, key=lambda point: point["learned"]["mean"], default={"runs": ()})
-        own = [b for row in runs["runs"] if row["name"] in best["runs"] for b in row["benchmarks"] if b["name"] == name]
-        ours = mean_of_seeds([b["after"] for b in own if b["after"] is not None])
-        source = " ".join(str(entry[key]) for key in ("source", "note") if entry.get(key))
-        rows.append(
-            (label, name, number(entry["score"]), number(ours.mean if ours else None), Cell(source or "–", kind="path"))
-        )
-    return Grid(("label", "benchmark", "published", "ours", "source"), tuple(rows)) if rows else None
-
-
-def _choice(front: Front) -> list[tuple[str, str]]:
-    """Returns what was chosen, as names and values; losses are in the unit of each benchmark."""
-    values = {key: _told(value) for key, value in (front["choice"] or {}).items()}
-    return [(words, values[key]) for key, words in _CHOICE.items() if values.get(key)]
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {number(own)}" for name, own in value.items())
-    return number(value) if isinstance(value, float) else option_text(value).replace("–", "")
+        own = [b for row in runs["runs"] if row["name"] in best["runs"] for b in row["benchmarks"]]
+        ours = mean_of_seeds([b["after"] for b in own if b["name"] == entry["benchmark"] and b["after"] is not None])
+        rows.append((entry, ours.mean if ours else None))
+    return rows
 
 
 def _items(rows: Sequence[Mapping[str, Any]], front: Front) -> dict[str, Any] | None:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from jinja2.utils import htmlsafe_json_dumps
 
 from keeptune.core.errors import ArtefactError
 from keeptune.core.versions import versions
+from keeptune.report.numbers import count, duration, gap, listing, number, option_text, set_options
 
 if TYPE_CHECKING:
     from keeptune.report.pages.charts import Chart
-from keeptune.report.numbers import count, duration, gap, number, set_options
 
 # plotly.js adds styles of its own.
 _POLICY = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -31,6 +31,7 @@ def environment(autoescape: bool = True) -> Environment:
     made = Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined)
     made.trim_blocks = made.lstrip_blocks = True
     made.filters |= {"number": number, "parameters": count, "duration": duration, "gap": gap, "set": set_options}
+    made.filters |= {"option": option_text, "listing": listing}
     return made
 
 
@@ -79,7 +80,7 @@ def complete(record: str, again: str) -> Iterator[None]:
     """Turns what reading an incomplete record raises into an error that names what the record lacks."""
     try:
         yield
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, UndefinedError) as error:
         raise ArtefactError(
             record, got=f"{type(error).__name__}: {error}", wanted="the records that keeptune wrote", next_step=again
         ) from error

@@ -1,4 +1,4 @@
-"""The tables of a run's page: benchmarks with bars, options, divergence from the base, runs, and notes on plans."""
+"""The tables of a run's page: benchmarks with bars, options, and divergence from the base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.estimates import Series, methods, series
 from keeptune.report.grids import Cell, Grid, bar
-from keeptune.report.numbers import change_text, duration, gap, interval_text, number, option_text
+from keeptune.report.numbers import change_text, interval_text, number, option_text
 from keeptune.report.records import Report
 from keeptune.report.tables.comparison_table import comparison_rows
 
@@ -61,12 +61,6 @@ def _entry(label: str, index: int, numbers: Mapping[str, Any], kind: Series, sca
     return Cell(label, index=index), scores, Cell(text, interval_text(low, high, nats), bar=strip, kind="bar")
 
 
-def notes(report: Report) -> list[tuple[str, tuple[str, ...]]]:
-    """Returns the notes of each method that has any on its plans, each note once."""
-    each = {m.label: tuple(dict.fromkeys(note for run in m.runs for note in run.notes)) for m in methods(report)}
-    return [(label, own) for label, own in each.items() if own]
-
-
 def options(report: Report) -> tuple[str, Grid | None]:
     """Returns what all methods have in common, as text (empty for one method), and each method's other options.
 
@@ -87,32 +81,9 @@ def options(report: Report) -> tuple[str, Grid | None]:
 def divergence(report: Report) -> Grid | None:
     """Returns the divergence from the base model, a row for each method; None when it was not measured."""
     names = list(dict.fromkeys(item.name for run in report.runs for item in run.benchmarks if item.kl is not None))
-    if not names:
-        return None
     rows = []
     for method in methods(report):
-        items = [item for run in method.runs for item in run.benchmarks if item.kl is not None]
-        means = [
-            mean_of_seeds([item.kl for item in items if item.name == name and item.kl is not None]) for name in names
-        ]
-        rows.append((method.label, *("–" if mean is None else number(mean.mean) for mean in means)))
-    return Grid(("method", *names), tuple(rows))
-
-
-def runs(report: Report) -> Grid:
-    """Returns a row for each run."""
-    stages = list(dict.fromkeys(key for run in report.runs for key in run.seconds))
-    rows: list[tuple[str | Cell, ...]] = [
-        (
-            run.label,
-            str(run.seed),
-            *(number(score) for score in (run.K, run.T, run.KT)),
-            "–" if run.average_forgetting is None else f"{number(100 * run.average_forgetting, 2)}%",
-            *(duration(run.seconds[key]) if key in run.seconds else "–" for key in stages),
-            gap(run.export_gap),
-            Cell(run.adapter, kind="path"),
-        )
-        for run in report.runs
-    ]
-    heads = ("method", "seed", "K", "T", "KT", "average forgetting", *stages, "export gap", "adapter")
-    return Grid(heads, tuple(rows))
+        measured = [{item.name: item.kl for item in run.benchmarks if item.kl is not None} for run in method.runs]
+        means = [mean_of_seeds([own[name] for own in measured if name in own]) for name in names]
+        rows.append((method.label, *(number(mean.mean if mean else None) for mean in means)))
+    return Grid(("method", *names), tuple(rows)) if names else None
