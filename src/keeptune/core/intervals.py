@@ -36,6 +36,11 @@ class Estimate:
         """Whether both ends are numbers."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    @property
+    def sd(self) -> float:
+        """Standard deviation over the seeds (n - 1 below); NaN with one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan  # exact: 0 for equal values
+
 
 def lower_is_better(metric: str) -> bool:
     """Returns whether a smaller value of a metric is the better one: true of cross entropies."""
