@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from keeptune.report.pages.sequence_charts import course, lines, losses, matrice
 from keeptune.report.pages.sequence_page import (
     knowledge,
     render_sequence,
-    sentences,
     write_sequence,
 )
 
@@ -49,6 +49,11 @@ def test_the_made_up_measures_are_those_of_the_code_that_makes_records() -> None
     found = measures([stage["name"] for stage in record["stages"]], record["benchmarks"], record["scores"])
     for key in ("average_accuracy", "backward_transfer", "forward_transfer", "forgetting"):
         assert record[key] == pytest.approx(found[key])
+
+
+def sentences(record: dict[str, Any]) -> list[str]:
+    page = render_sequence(record)
+    return re.findall(r"<p>(.*?)</p>", page[page.index('<section class="verdict">') : page.index("</section>")])
 
 
 def test_sentences_tell_the_measures() -> None:

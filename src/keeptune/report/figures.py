@@ -8,8 +8,7 @@ import io
 import pkgutil
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,23 +35,7 @@ _DASHES: Final[dict[str, Any]] = {
     **{"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1, 1.5)), "dashdot": (0, (5, 2, 1, 2))},
     **{"longdash": (0, (9, 2)), "longdashdot": (0, (9, 2, 1, 2))},
 }
-_THEME: Final[Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#d5dade",
-    "axes.axisbelow": True,
-    **{f"axes.spines.{side}": False for side in ("top", "right")},
-    **{f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")},
-    "grid.color": "#e9ecef",
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "keeptune",
-    # A dollar sign in a method's name is not mathematics.
-    "text.parse_math": False,
-}
+_STYLE: Final = Path(__file__).parent / "pages" / "templates" / "figures.mplstyle"
 
 
 def write_figure(charts: Sequence[Chart], path: Path, note: str = "", across: int = 1) -> None:
@@ -66,7 +49,8 @@ def write_figure(charts: Sequence[Chart], path: Path, note: str = "", across: in
     """
     buffer = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-    with _themed():
+    with matplotlib.rc_context():
+        matplotlib.rc_file(_STYLE)
         drawn(charts, note, across).savefig(buffer, format=path.suffix[1:], dpi=160, metadata=metadata)
     # Matplotlib names only the font it measured with; readers may lack it.
     write_bytes(path, buffer.getvalue().replace(b"'DejaVu Sans'", b"'DejaVu Sans', Verdana, sans-serif"))
@@ -93,14 +77,6 @@ def drawn(charts: Sequence[Chart], note: str = "", across: int = 1) -> Figure:
     if note:
         figure.supxlabel(note, fontsize=8, x=0.99, ha="right")
     return figure
-
-
-@contextmanager
-def _themed() -> Iterator[None]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_THEME)
-        yield
 
 
 @functools.cache

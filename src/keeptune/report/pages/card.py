@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def model_card(entry: Mapping[str, Any], sidecar: Mapping[str, Any], recipe: Map
         seconds=duration(entry["seconds"]["train"]) if "train" in (entry.get("seconds") or {}) else None,
         export=export,
         merged=export["format"] == "merged",
-        notes=_notes(entry, export, labels),
+        notes=entry.get("notes") or [],
+        labels=labels,
         auto="AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification",
         more="".join(f", {key}={value!r}" for key, value in given.items()),
-        classifier=labels is not None,
         recipe=None if recipe is None else recipe_text(recipe).rstrip("\n"),
     )
     written = ", ".join(f"{key} {value}" for key, value in versions().items() if key != "platform")
@@ -88,25 +88,6 @@ def _rows(entry: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             nats = lower_is_better(own["metric"])
             scores = (number(own["before"]), number(own["after"]), change_text(own["change"], nats))
             yield name, role, str(own["n"]), *scores, interval_text(own["low"], own["high"], nats) or "–"
-
-
-def _notes(entry: Mapping[str, Any], export: Mapping[str, Any], labels: Sequence[str] | None) -> list[str]:
-    gap, relative, other = export["gap"], export["relative_gap"], export.get("original_gap")
-    merged_into = export.get("original") if export["format"] == "merged" else None
-    against = "on a freshly loaded base" if merged_into is None else "against the adapter on the original"
-    notes = [f"Checked {against}: largest difference in logits {gap:.1e}, relative {relative:.1e}."]
-    if other is not None:
-        apart = f"{other:.1e}, relative {export['original_relative_gap']:.1e}"
-        notes.append(f"Trained on the quantised base: its logits and those of {export['original']} differ by {apart}.")
-    if export.get("note"):
-        notes.append(f"A merged model. {export['note']}.")
-    if export.get("error"):
-        notes.append(f"Cut to a smaller rank: {export['error']:.2%} of the trained change (Frobenius) is left out.")
-    if labels:
-        notes.append(f"Labels, in the order of the outputs: {', '.join(labels)}.")
-    if export.get("vllm"):
-        notes.append(f"{export['vllm']}.")
-    return [*notes, *map(str, entry.get("notes") or [])]
 
 
 def _fenced(text: str, language: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from keeptune.core.artefact import write_text
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.figures import write_figures
-from keeptune.report.grids import Cell, Grid, bar
+from keeptune.report.grids import bar
 from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.comparison_charts import Scales, cost, fronts, labels_of, setting_rows
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
@@ -40,6 +40,8 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
     chart = fronts(rows, front, base_score(rows, front))
     states, labels, seeds = (list(map(itemgetter(key), rows)) for key in ("status", "label", "seed"))
     other = ", ".join(f"{states.count(state)} {state}" for state in ("failed", "missing") if state in states)
+    differences = [row["difference"] for row in front["matched"]["rows"] if row["difference"]]
+    reach = [abs(own[key]) for own in differences for key in ("mean", "low", "high") if own[key] is not None]
     several = "s" * (len(set(seeds)) > 1)
     counted = f"{len(set(labels))} labels, {len(front['points'])} settings, {len(set(seeds))} seed{several}"
     return render(
@@ -53,7 +55,12 @@ def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
         said=sentences(front),
         score=front["matched"]["score"],
         baseline=front["matched"]["baseline"],
-        matched=matched_rows(runs, front),
+        matched=front["matched"]["rows"],
+        reach=max(reach, default=1.0) or 1.0,
+        scales=Scales(front),
+        numbered=labels_of(rows),
+        bar=bar,
+        ends=ends,
         choice=front["choice"],
         notes=front["notes"],
         runs=rows,
@@ -119,34 +126,6 @@ def _some(names: Sequence[str]) -> str:
     if len(labels) <= _MOST_NAMED:
         return listing(labels)
     return f"{', '.join(labels[:_MOST_NAMED])} and {len(labels) - _MOST_NAMED} more"
-
-
-def matched_rows(runs: Mapping[str, Any], front: Front) -> Grid | None:
-    """Returns the table at matched task score; bars to the right forget less than the baseline."""
-    scales, numbered, baseline = Scales(front), labels_of(runs["runs"]), front["matched"]["baseline"]
-    differences = [row["difference"] for row in front["matched"]["rows"] if row["difference"]]
-    reach = [abs(d[key]) for d in differences for key in ("mean", "low", "high") if d[key] is not None]
-    top = max(reach, default=1.0) or 1.0
-    matched = []
-    for row in front["matched"]["rows"]:
-        difference, label = row["difference"], row["label"]
-        text, (low, high) = scales.spread(difference, signed=True), ends(difference)
-        said = f"{label}: {text} {scales.unit}"
-        matched.append(
-            (
-                Cell(label, index=numbered[label]),
-                scales.spread(row["forgotten"]),
-                Cell(
-                    text,
-                    bar=bar(-difference["mean"], -high, -low, top, said) if difference else None,
-                    kind="bar narrow",
-                ),
-                Cell(": ".join([row["how"], *([", ".join(row["points"])] if row["points"] else [])]), kind="path"),
-            )
-        )
-    against = f"against {baseline}" if baseline else "difference"
-    heads = ("label", Cell("forgotten", scales.unit), against, "how, and from which settings")
-    return Grid(heads, tuple(matched)) if matched else None
 
 
 def published(runs: Mapping[str, Any], front: Front) -> list[tuple[Mapping[str, Any], float | None]]:

@@ -16,7 +16,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from keeptune.core.errors import ArtefactError
 from keeptune.core.versions import versions
-from keeptune.report.numbers import count, duration, gap, listing, number, option_text, set_options
+from keeptune.report.numbers import count, duration, gap, listing, number, option_text, set_options, signed
 
 if TYPE_CHECKING:
     from keeptune.report.pages.charts import Chart
@@ -31,7 +31,7 @@ def environment(autoescape: bool = True) -> Environment:
     made = Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined)
     made.trim_blocks = made.lstrip_blocks = True
     made.filters |= {"number": number, "parameters": count, "duration": duration, "gap": gap, "set": set_options}
-    made.filters |= {"option": option_text, "listing": listing}
+    made.filters |= {"option": option_text, "listing": listing, "signed": signed}
     return made
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from keeptune.core.artefact import write_text
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import Grid
-from keeptune.report.numbers import number, signed
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
 from keeptune.report.pages.page import complete, render, repeat
 from keeptune.report.pages.run_tables import benchmark_tables
@@ -40,7 +39,6 @@ def render_sequence(record: Record) -> str:
         _items(record),
         created=record["created"],
         version=record["version"],
-        said=sentences(record),
         maps=maps,
         over=over,
         progress=progress,
@@ -49,26 +47,6 @@ def render_sequence(record: Record) -> str:
         record=record,
         repeat=repeat(commands, recipes),
     )
-
-
-def sentences(record: Record) -> list[str]:
-    """Returns what the sequence learned and forgot."""
-    names = [stage["name"] for stage in record["stages"]]
-    said = [f"{len(names)} stage{'s' * (len(names) > 1)}, one after the other: {', '.join(names)}."]
-    if record["average_accuracy"] is not None:
-        said.append(f"At the end the tasks have an average accuracy of {number(record['average_accuracy'])}.")
-    if record["forgetting"] is not None:
-        amount = 100 * record["forgetting"]
-        verb = "lost" if amount >= 0 else "gained"
-        words = f"Of what each earlier task had reached at its best, {abs(amount):.1f} points were {verb} on average"
-        said.append(f"{words} (forgetting {number(record['forgetting'])}).")
-    known = [key for key in ("backward_transfer", "forward_transfer") if record[key] is not None]
-    if known:
-        transfers = [f"{key.replace('_', ' ')} {signed(record[key], 3)}" for key in known]
-        said.append(f"{' and '.join(transfers).capitalize()}; negative is worse.")
-    if record["why"]:
-        said.append(f"Not every measure could be taken: {record['why']}.")
-    return said
 
 
 def knowledge(record: Record) -> Grid | None:
