@@ -17,6 +17,6 @@ def test_recipes_are_yaml_and_texts_stay() -> None:
 
 def test_commands_recipes_and_versions_are_put_together() -> None:
     given = repeat([("Run", "keeptune run r.yaml")], [("Recipe", {"model": "m"})])
-    assert given["commands"] == [{"words": "Run", "line": "keeptune run r.yaml"}]
-    assert given["recipes"] == [{"name": "Recipe", "text": "model: m\n"}]
+    assert given["commands"] == [("Run", "keeptune run r.yaml")]
+    assert given["recipes"] == [("Recipe", "model: m\n")]
     assert given["versions"] == versions()

@@ -123,8 +123,8 @@ def test_bars_point_to_the_better_side() -> None:
 
 
 def test_a_rising_loss_points_to_the_worse_side(full: dict[str, Any]) -> None:
-    tables = {table.name: table for table in benchmark_tables(as_report(full))}
+    tables = {kind.name: grid for kind, _, grid in benchmark_tables(as_report(full))}
     assert list(tables) == ["facts", "wiki", "tools"]
-    (_, _, change), (_, _, task) = (tables[name].grid.rows[0] for name in ("wiki", "tools"))
+    (_, _, change), (_, _, task) = (tables[name].rows[0] for name in ("wiki", "tools"))
     assert isinstance(change, Cell) and isinstance(task, Cell) and change.bar and task.bar
     assert (change.main, change.bar.kind, task.bar.kind) == ("+0.135 nats/token", "loss", "gain")

@@ -63,13 +63,8 @@ def evaluate(
 ) -> BenchmarkResult:
     """Scores a benchmark before and after fine-tuning.
 
-    Args:
-        pair: The models.
-        tokenizer: Their tokenizer; its settings stay as they are.
-        benchmark: What to score.
-        folder: The folder that the benchmark's relative path starts from.
-        seed: Seed of the bootstrap interval; nothing else is random.
-        kept: The base's answers on disk; None runs the base.
+    Its relative path starts from ``folder``; the ``seed`` is of the bootstrap interval, nothing else is random; without
+    answers that are ``kept`` the base is run.
     """
     if isinstance(benchmark, NamedBenchmark):
         return score_named(pair, tokenizer, benchmark, seed=seed, kept=kept)

@@ -149,11 +149,7 @@ class KeptAnswers:
     def get(self, name: str, parts: Any, count: int, compute: Callable[[], list[T]]) -> list[T]:
         """Reads the base's answers, or computes and writes them; several runs compute them once.
 
-        Args:
-            name: The benchmark.
-            parts: What the answers depend on besides the base.
-            count: Number of answers.
-            compute: Runs the base; its answers are held as JSON.
+        ``parts`` are what they depend on besides the base; ``compute`` runs it, and its answers are held as JSON.
         """
         key = content_key([self.base, parts])
         path = self.folder / f"{name}-{key[:16]}.json"

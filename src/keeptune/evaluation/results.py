@@ -115,11 +115,7 @@ def trade_off(
 def references_by_seed(
     full: Iterable[tuple[int, Sequence[BenchmarkResult]]],
 ) -> dict[int, Sequence[BenchmarkResult]]:
-    """Returns for each seed the full fine-tuning that learned the tasks best, so that T is never flattered.
-
-    Args:
-        full: Seed and results of every full fine-tuning.
-    """
+    """Returns for each seed the full fine-tuning that learned the tasks best, so that T is never flattered."""
     best: dict[int, Sequence[BenchmarkResult]] = {}
     for seed, results in full:
         if seed not in best or (trade_off(results, best[seed])["T"] or 0) > 1:
@@ -178,11 +174,8 @@ def grouped(
 ) -> dict[str, dict[str, float]]:
     """Returns each group's ``{"n", "before", "after"}``, in the order of first appearance.
 
-    Args:
-        groups: (n,) group of each item; items of group None are left out.
-        before: (n,) sums per item.
-        after: (n,) sums per item.
-        weights: (n,) what each sum is divided by: 1 for a score, the number of tokens for losses.
+    All are (n,): groups (None is left out), sums before and after, and what each is divided by: 1 for a score, the
+    number of tokens for losses.
     """
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):

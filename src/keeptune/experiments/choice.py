@@ -76,11 +76,8 @@ def choose(
 ) -> dict[str, Any]:
     """Chooses the point that learns most within the limits, and one run of it, eq. 1; of equals that forgetting less.
 
-    Args:
-        record: ``runs.json``.
-        front: ``front.json``.
-        max_loss: One number for the benchmarks of the axis of what is forgotten, or benchmark to number.
-        estimate: ``"mean"`` or ``"upper"``.
+    ``record`` and ``front`` are ``runs.json`` and ``front.json``; ``max_loss`` is one number for the benchmarks of the
+    axis of what is forgotten, or benchmark to number.
 
     Returns:
         ``point`` and ``run``, what they ``learned``, ``forgotten`` and ``run_learned``, what was lost of each limited

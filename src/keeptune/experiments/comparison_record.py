@@ -95,9 +95,8 @@ def _scores(folder: Path, names: Iterable[str], result: Path) -> dict[str, Any]:
 def with_relative_scores(rows: Sequence[Mapping[str, Any]], reference: Path | None = None) -> list[dict[str, Any]]:
     """Adds ``K``, ``T`` and ``KT`` (FARSS) to rows; T is relative to full fine-tuning of the same seed.
 
-    Args:
-        rows: From :func:`row_of`. Of several full fine-tunings the one that learned most counts: T is not flattered.
-        reference: Run folder of full fine-tuning, for seeds that have none among the rows.
+    Of several full fine-tunings the one that learned most counts: T is not flattered. ``reference`` is a run folder of
+    one, for seeds that have none among the rows.
     """
     outside = None if reference is None else _results(_run_scores(reference))
     full = references_by_seed(

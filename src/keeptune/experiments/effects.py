@@ -17,8 +17,7 @@ Places = dict[tuple[int, ...], dict[int, float]]
 def benefits(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the benefit of each cell of a grid of two axes over the baseline, seed by seed.
 
-    Args:
-        record: As in ``runs.json``: ``rows`` (finished runs), ``grid`` and perhaps ``baseline`` (else the base model).
+    The record has, as ``runs.json``, ``rows`` (finished runs), ``grid`` and perhaps ``baseline`` (else the base model).
 
     Returns:
         For each benchmark, and for the mean of learned and kept, a table of ``cells`` (``mean``, ``low``, ``high`` and

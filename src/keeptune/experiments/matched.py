@@ -72,10 +72,8 @@ def default_score(groups: Mapping[str, Sequence[Point]]) -> float:
 def matched(groups: Mapping[str, Sequence[Point]], score: float | None, baseline: str | None) -> dict[str, Any]:
     """Returns the table at matched task score, with each label's difference to a baseline.
 
-    Args:
-        groups: Label to points.
-        score: What should be learned; None takes :func:`default_score`.
-        baseline: Label that the others are compared with, seed by seed; RecipeError where it is no label.
+    Without a ``score`` it is :func:`default_score`. The others are compared with the label ``baseline``, seed by
+    seed; RecipeError where it is none.
 
     Returns:
         ``score``, ``baseline`` and ``rows``: per label what was ``forgotten`` (None where the score is not reached),

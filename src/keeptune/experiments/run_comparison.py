@@ -44,10 +44,8 @@ def run_comparison(
 ) -> Compared:
     """Does what is missing of a comparison, writes its records and page, and exports the best result.
 
-    Args:
-        comparison: The comparison.
-        command: What repeats it.
-        max_loss: The most that may be lost of each knowledge benchmark, or of some by name; None chooses nothing.
+    ``command`` is what repeats it, ``max_loss`` the most that may be lost of each knowledge benchmark, or of some by
+    name; None chooses nothing.
 
     Raises:
         KeeptuneError: What the user can correct; where no run keeps to ``max_loss``, all else is written.

@@ -41,11 +41,7 @@ _STYLE: Final = Path(__file__).parent / "pages" / "templates" / "figures.mplstyl
 def write_figure(charts: Sequence[Chart], path: Path, note: str = "", across: int = 1) -> None:
     """Writes charts, one below the other, as a PNG or SVG file; the same charts always give the same bytes.
 
-    Args:
-        charts: One or several.
-        path: A file that ends in ``.png`` or ``.svg``.
-        note: What stands below them.
-        across: How many stand side by side.
+    The ending of the path, ``.png`` or ``.svg``, decides; a ``note`` stands below, ``across`` charts side by side.
     """
     buffer = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}

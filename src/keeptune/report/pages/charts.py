@@ -188,13 +188,8 @@ Placed = Sequence[tuple[int, str, float | None]]
 def role_map(name: str, words: str, cells: Placed, scale: str, said: str, **more: Any) -> list[Chart]:
     """Returns a map of roles by layers; empty where no block has a number.
 
-    Args:
-        name: The chart's name.
-        words: What it shows.
-        cells: Layer (-1 is outside any block), role and number.
-        scale: As in :func:`heat_map`.
-        said: What the numbers are.
-        more: The other arguments of :func:`heat_map`; colours are from zero to the largest by default.
+    Cells are layer (-1 is outside any block), role and number; the rest is as in :func:`heat_map`, but that colours are
+    from zero to the largest by default.
     """
     placed = [(layer, role, math.nan if value is None else value) for layer, role, value in cells if layer >= 0]
     # All layers, so that maps of one plan stand in line.

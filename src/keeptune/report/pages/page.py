@@ -91,15 +91,12 @@ def _source(name: str) -> str:
 
 
 def repeat(commands: Sequence[tuple[str, str]], recipes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns ``commands``, ``recipes`` (``name`` and ``text`` each) and ``versions``: how to repeat a run.
+    """Returns ``commands``, ``recipes`` and ``versions``: how to repeat a run.
 
     Commands come with what they do, recipes as mappings or as YAML.
     """
-    return {
-        "commands": [{"words": words, "line": line} for words, line in commands],
-        "recipes": [{"name": name, "text": recipe_text(recipe)} for name, recipe in recipes],
-        "versions": versions(),
-    }
+    told = [(name, recipe_text(recipe)) for name, recipe in recipes]
+    return {"commands": commands, "recipes": told, "versions": versions()}
 
 
 def recipe_text(recipe: Mapping[str, Any] | str) -> str:

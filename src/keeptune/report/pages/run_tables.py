@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from keeptune.core.intervals import mean_of_seeds
@@ -15,19 +14,8 @@ from keeptune.report.records import Report
 from keeptune.report.tables.comparison_table import comparison_rows
 
 
-@dataclass(frozen=True)
-class BenchmarkTable:
-    """One benchmark, a row for each method."""
-
-    name: str
-    role: str
-    metric: str
-    n: int
-    grid: Grid
-
-
-def benchmark_tables(report: Report) -> list[BenchmarkTable]:
-    """Returns the benchmarks before and after; bars of one role and unit share a scale."""
+def benchmark_tables(report: Report) -> list[tuple[Series, int, Grid]]:
+    """Returns the benchmarks before and after, with the number of items; bars of one role and unit share a scale."""
     rows = comparison_rows(report)
     kinds = [kind for role in ("knowledge", "task") for kind in series(report, role)]
     own = {
@@ -45,9 +33,7 @@ def benchmark_tables(report: Report) -> list[BenchmarkTable]:
         entries = tuple(_entry(str(rows[i]["method"]), i, numbers, kind, scale) for i, numbers in own[kind.name])
         if entries:
             n = max(numbers["n"] for _, numbers in own[kind.name])
-            metric = f"{kind.metric}, through the chat template" if kind.chat else kind.metric
-            grid = Grid(("method", "before → after", "change"), entries)
-            tables.append(BenchmarkTable(kind.name, kind.role, metric, n, grid))
+            tables.append((kind, n, Grid(("method", "before → after", "change"), entries)))
     return tables
 
 

@@ -59,7 +59,7 @@ def knowledge(record: Record) -> Grid | None:
     ]
     run = dict.fromkeys(("K", "T", "KT", "export_gap")) | {"name": "the last stage", "seed": 0, "adapter": ""}
     tables = benchmark_tables(as_report({"base": "", "methods": [run | {"benchmarks": items}]}))
-    rows = tuple((one.name, *one.grid.rows[0][1:]) for one in tables)
+    rows = tuple((kind.name, *grid.rows[0][1:]) for kind, _, grid in tables)
     return Grid(("benchmark", "before → after", "change"), rows) if rows else None
 
 
