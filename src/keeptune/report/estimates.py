@@ -65,7 +65,7 @@ def change(method: Method, name: str) -> Estimate | None:
 def over(method: Method, measure: Measure, chosen: Sequence[Series]) -> Estimate | None:
     """Returns a measure averaged over benchmarks of one unit, then over the runs that have them all.
 
-    ``"lost"`` and ``"gained"`` are by training, ``"learned"`` is the score after it, ``"kept"`` per cent of that before.
+    ``"lost"`` and ``"gained"`` are by training, ``"learned"`` is the score after, ``"kept"`` per cent of that before.
 
     Returns:
         None when every run lacks one of them.
