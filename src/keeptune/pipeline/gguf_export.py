@@ -88,12 +88,12 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, 
         _log.warning("export %s: written as a whole model. %s", run, note)
     folder = options.output or Path(run) / ("gguf-merged" if merged else "gguf")
     refuse_foreign(folder)
-    name, quantise = (
-        ("model.gguf", options.quantise or "f16") if merged else ("adapter.gguf", options.quantise or "f32")
-    )
+    name: str = "model.gguf" if merged else "adapter.gguf"
+    quantise: Quantise = options.quantise or ("f16" if merged else "f32")
     serve = ["-m", str(folder / name)] if merged else ["-m", base or "base.gguf", "--lora", str(folder / name)]
     lines = [f"FROM ./{name}"] if merged else [f"FROM {Path(base or 'base.gguf').absolute()}", f"ADAPTER ./{name}"]
-    reader, tokenizer = open_gguf(base) if base else None, _tokenizer(trained)
+    own = str(trained.folder) if (trained.folder / "tokenizer_config.json").is_file() else trained.base
+    reader, tokenizer = open_gguf(base) if base else None, load_tokenizer(own)
     new = reader is not None and tokenizer.chat_template != field_of(reader, "tokenizer.chat_template")
     template = tokenizer.chat_template if new else None
     with atomic_directory(folder) as fresh:
@@ -120,10 +120,6 @@ def _no_lora(trained: TrainedModel) -> str:
         return "What was trained has no adapter form"
     more = "Beside plain factors the adapter has other parts, which llama.cpp does not read"
     return "" if is_streamed(trained.folder) else more
-
-
-def _tokenizer(trained: TrainedModel) -> Any:
-    return load_tokenizer(str(trained.folder) if (trained.folder / "tokenizer_config.json").is_file() else trained.base)
 
 
 def written(run: Path | str, base: str | None) -> dict[str, Any] | None:

@@ -136,7 +136,13 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
             words = launch.words(config, command)[2:]
             launch_command(launch_command_parser().parse_args(["--log_dir", logs, *wait, *words]))
     except ChildFailedError as error:
-        return _code(error.failures, launch)
+        codes = [failure.exitcode for failure in error.failures.values()]
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0 and 2 not in codes:  # it could not say why it ended
+                where, got = f"process {rank} of {launch.processes}", f"ended by {failure.signal_name()}"
+                next_step = "SIGKILL is often the system's, out of memory. The same command goes on where it was."
+                raise ProcessError(where, got=got, wanted="its own end", next_step=next_step) from None
+        return 2 if 2 in codes else int(codes[0])
     except SignalException as error:
         return 128 + int(error.sigval)
     except ImportError as error:
@@ -152,14 +158,3 @@ def start(launch: Launch, config: Path, command: Sequence[str]) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
-
-
-def _code(failures: dict[int, Any], launch: Launch) -> int:
-    """Returns the exit code of processes of which some failed; ProcessError for one that could not say why it ended."""
-    codes = [failure.exitcode for failure in failures.values()]
-    for rank, failure in failures.items():
-        if failure.exitcode < 0 and 2 not in codes:
-            where, got = f"process {rank} of {launch.processes}", f"ended by {failure.signal_name()}"
-            next_step = "SIGKILL is often the system's, out of memory. The same command goes on where it was."
-            raise ProcessError(where, got=got, wanted="its own end", next_step=next_step)
-    return 2 if 2 in codes else int(codes[0])

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keeptune.core.errors import ModelError, PlanError, RecipeError
+from keeptune.core.errors import ModelError, PlanError, RecipeError, need_known
 from keeptune.core.offload import is_offloaded
 from keeptune.core.processes import gathered, on_machine
 from keeptune.core.target import Target
@@ -88,10 +88,7 @@ def placed_runner(
     Raises:
         RecipeError: ``memory`` is none of the three.
     """
-    if memory not in ("resident", "blockwise", "auto"):
-        raise RecipeError(
-            "memory", got=str(memory), wanted="resident, blockwise or auto", next_step="Take one of them."
-        )
+    need_known(memory, get_args(Memory), "memory", "resident, blockwise or auto")
     sites = {(r, r.site(t)): r.numbers(t) for t, own in requests.items() for r in own if isinstance(r, RowRequest)}
     sums, free = 8 * sum(sites.values()), free_bytes(runner.device)
     room = int(_SHARE * free)

@@ -13,7 +13,7 @@ from keeptune.adapter.trained_head import TokenIndices, trained_beside
 from keeptune.core.errors import PlanError, named
 from keeptune.core.low_rank import LowRank
 from keeptune.core.out_of_memory import out_of_memory
-from keeptune.core.plan import Decision, PenaltyPlan, Plan, TargetPlan
+from keeptune.core.plan import Decision, Plan, TargetPlan
 from keeptune.core.target import Target
 from keeptune.core.weights import is_quantised, read_weight, refuse_misread, refuse_quantised
 from keeptune.data.calibration import Calibration
@@ -192,25 +192,20 @@ def plan_for(
         names = named(sorted(statistics.unseen))
         provenance["notes"] = [*provenance.get("notes", ()), f"no token of the data reached {names}: left alone"]
     plan = make_plan(method, targets, weight_of, statistics.view, head=head_of(model), provenance=provenance)
-    plan = _with_modules(plan, model, options)
-    return with_penalties(plan, penalties, Runner(model), store, data=data, options=options)
-
-
-def _with_modules(plan: Plan, model: PreTrainedModel, options: PlanOptions) -> Plan:
-    """Adds what is trained beside the factors."""
     modules, tokens = options.modules_to_save, options.trainable_token_indices
-    if not modules and not tokens:
-        return plan
-    if plan.scope != "adapter" or head_of(model):
-        raise PlanError(
-            "modules_to_save" if modules else "trainable_token_indices",
-            got="a classifier, whose head is trained already" if head_of(model) else f"method {plan.method}",
-            wanted="a language model, and a method that trains adapters",
-            next_step="Leave it out.",
-        )
-    fields = trained_beside(model, modules, tokens, [t.target.name for t in plan.targets])
-    notes = [*plan.provenance.get("notes", ()), "penalties on weights hold the targets; what is trained beside is free"]
-    return replace(plan, peft={**plan.peft, **fields}, provenance={**plan.provenance, "notes": notes})
+    if modules or tokens:
+        if plan.scope != "adapter" or head_of(model):
+            raise PlanError(
+                "modules_to_save" if modules else "trainable_token_indices",
+                got="a classifier, whose head is trained already" if head_of(model) else f"method {plan.method}",
+                wanted="a language model, and a method that trains adapters",
+                next_step="Leave it out.",
+            )
+        peft = {**plan.peft, **trained_beside(model, modules, tokens, [t.target.name for t in plan.targets])}
+        free = "penalties on weights hold the targets; what is trained beside is free"
+        notes = [*plan.provenance.get("notes", ()), free]
+        plan = replace(plan, peft=peft, provenance={**plan.provenance, "notes": notes})
+    return with_penalties(plan, penalties, Runner(model), store, data=data, options=options)
 
 
 def starting_from(targets: Iterable[Target], changes: Mapping[str, LowRank]) -> tuple[TargetPlan, ...]:
@@ -253,7 +248,16 @@ def with_penalties(
             target = planned.target
             return Site(planned, read_weight(model, target), statistics.view(target), targets, blocks)
 
-        plans.append(_with_texts(penalty, penalty_plan(penalty, own, site_of), model, data))
+        if isinstance(penalty, Kl) and head_of(model):
+            raise PlanError(
+                f"penalty {penalty.name}",
+                got="a classifier, whose head is drawn anew: its base has no answers that could be kept",
+                wanted="a model that writes text",
+                next_step="Take a penalty on the weight change, with `method: lora`: l2, or laplace with delta-act.",
+            )
+        made = penalty_plan(penalty, own, site_of)
+        texts = penalty.texts(data) if isinstance(penalty, Kl) else {}  # what it runs the model on
+        plans.append(replace(made, tensors={**made.tensors, **texts}))
     notes = [*plan.provenance.get("notes", ()), *free]
     for (penalty, own), made in zip(held, plans, strict=True):
         notes += penalty.notes(replace(plan, targets=own), made.tensors)
@@ -285,19 +289,3 @@ def _reached(
             notes.append(f"penalty {penalty.name}: no token of the knowledge reached {names}: trained, held by nothing")
         reached.append((penalty, tuple(t for t in targets if t.target.name not in lost)))
     return reached, notes
-
-
-def _with_texts(
-    penalty: Penalty, made: PenaltyPlan, model: PreTrainedModel, data: Mapping[DataRole, Calibration]
-) -> PenaltyPlan:
-    """Adds the texts that a penalty on answers runs the model on."""
-    if not isinstance(penalty, Kl):
-        return made
-    if head_of(model):
-        raise PlanError(
-            f"penalty {penalty.name}",
-            got="a classifier, whose head is drawn anew: its base has no answers that could be kept",
-            wanted="a model that writes text",
-            next_step="Take a penalty on the weight change, with `method: lora`: l2, or laplace with delta-act.",
-        )
-    return replace(made, tensors={**made.tensors, **penalty.texts(data)})

@@ -190,25 +190,17 @@ class RepairProblem:
                 if not exact:  # what no change of this rank can hold, relative to its size
                     values = torch.linalg.svdvals(change.B.double() @ change.A.double()).square()
                     row["truncation"] = float((values[min(rank, new.rank) :].sum() / values.sum()).sqrt())
-                rows.append(row | self._account(target, change, new, omega_t, omega_k))
+                scale, norm = self.scales[target.name], float(change.to(torch.float64).norm_squared())
+                moved = LowRank(torch.cat([new.B, -change.B], 1), torch.cat([new.A, change.A])).to(torch.float64)
+                before = math.nan if self.one_sided else output_energy(change, omega_t)
+                row["drift_before"] = output_energy(change, omega_k) / scale
+                row["drift"] = output_energy(new, omega_k) / scale
+                row["task_kept"] = output_energy(new, omega_t) / before if before > 0 else None
+                row["task_error"] = output_energy(moved, omega_t) / before if before > 0 else None
+                row["norm_kept"] = float(new.to(torch.float64).norm_squared()) / norm
+                rows.append(row)
                 solved[target.name] = new.to(torch.float32, "cpu")
         return solved, rows
-
-    def _account(
-        self, target: Target, change: LowRank, new: LowRank, omega_t: Tensor, omega_k: Tensor
-    ) -> dict[str, float | None]:
-        scale = self.scales[target.name]
-        moved = LowRank(torch.cat([new.B, -change.B], 1), torch.cat([new.A, change.A])).to(torch.float64)
-        before = math.nan if self.one_sided else output_energy(change, omega_t)
-        known = before > 0
-        norm = float(change.to(torch.float64).norm_squared())
-        return {
-            "drift_before": output_energy(change, omega_k) / scale,
-            "drift": output_energy(new, omega_k) / scale,
-            "task_kept": output_energy(new, omega_t) / before if known else None,
-            "task_error": output_energy(moved, omega_t) / before if known else None,
-            "norm_kept": float(new.to(torch.float64).norm_squared()) / norm,
-        }
 
     def _change(self, target: Target) -> LowRank:
         change = self.start.changes[target.name]

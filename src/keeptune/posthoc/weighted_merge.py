@@ -12,7 +12,7 @@ Where ranks differ, or one is asked for, PEFT joins the changes so, and cuts the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -73,7 +73,8 @@ def merge(
         base: Path or hub id of the base; None takes what the first one names.
 
     Returns:
-        ``distance`` (relative, Frobenius, to the weighted sum of the changes), PEFT's ``scheme``, and ``export``.
+        ``distance`` (relative, Frobenius, to the weighted sum of the changes; None where that is zero), PEFT's
+        ``scheme``, and ``export``.
 
     Raises:
         RecipeError: There is not one weight for each of at least two adapters.
@@ -91,7 +92,14 @@ def merge(
         start = _start(one, first)
         starts.append(replace(start, model=starts[0].model) if starts else start)  # one base is held
     scheme, changes = _joined([one.folder for one in found], first, options)
-    distance = _distance(changes, starts, options.weights)
+    apart = whole = 0.0
+    for name in {name for start in starts for name in start.changes}:
+        own = [(start.changes.get(name), weight) for start, weight in zip(starts, options.weights, strict=True)]
+        total = reduce(LowRank.plus, [change.to(torch.float64).scaled(w) for change, w in own if change is not None])
+        rest = total.minus(changes[name].to(torch.float64)) if name in changes else total
+        apart += float(rest.norm_squared().clamp_min(0))
+        whole += float(total.norm_squared().clamp_min(0))
+    distance = (apart / whole) ** 0.5 if whole else None
     made_from = [{"folder": str(one.trained.folder), "weights": one.weights} for one in starts]
     made_of = {"model": starts[0].fingerprint, "dtype": first.dtype, "seed": options.seed, "adapters": made_from}
     plan = Plan(
@@ -145,17 +153,3 @@ def _joined(folders: Sequence[Path], first: TrainedModel, options: Merging) -> t
     if not changes:
         raise ModelError("keeptune merge", got="a change of zero", wanted="another", next_step="Use other weights.")
     return scheme, changes
-
-
-def _distance(
-    changes: Mapping[str, LowRank], starts: Sequence[FactoredModel], weights: Sequence[float]
-) -> float | None:
-    """Returns how far a change is from the weighted sum of others, relative to it; None where that is zero."""
-    apart = whole = 0.0
-    for name in {name for start in starts for name in start.changes}:
-        own = [(start.changes.get(name), weight) for start, weight in zip(starts, weights, strict=True)]
-        total = reduce(LowRank.plus, [change.to(torch.float64).scaled(w) for change, w in own if change is not None])
-        rest = total.minus(changes[name].to(torch.float64)) if name in changes else total
-        apart += float(rest.norm_squared().clamp_min(0))
-        whole += float(total.norm_squared().clamp_min(0))
-    return (apart / whole) ** 0.5 if whole else None

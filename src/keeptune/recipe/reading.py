@@ -15,6 +15,7 @@ from keeptune.core.errors import RecipeError
 _DEPTH = 32
 _VALUES = 100_000  # an alias counts as often as it is used: without a limit, 400 bytes can stand for gigabytes
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,7 +37,13 @@ class _Loader(yaml.SafeLoader):
         yield node
         children = node.value
         if isinstance(node, yaml.MappingNode):
-            _check_keys(node)
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEYS:
+                    raise _Refused("a key that is no text", key)
+                if key.value in seen:
+                    raise _Refused(f'the key "{key.value[:80]}" twice', key)
+                seen.add(key.value)
             children = [value for _, value in node.value]
         elif isinstance(node, yaml.ScalarNode):
             self._check_scalar(node)
@@ -69,16 +76,6 @@ class _Refused(yaml.MarkedYAMLError):
     def __init__(self, problem: str, at: Any) -> None:
         mark = at.get_mark() if isinstance(at, _Loader) else at.start_mark
         super().__init__(problem=problem, problem_mark=mark)
-
-
-def _check_keys(node: yaml.MappingNode) -> None:
-    seen = set()
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-            raise _Refused("a key that is no text", key)
-        if key.value in seen:
-            raise _Refused(f'the key "{key.value[:80]}" twice', key)
-        seen.add(key.value)
 
 
 def parse_yaml(text: str) -> Any:
@@ -189,19 +186,16 @@ def parse_pairs(words: Sequence[str], switches: Collection[str]) -> dict[str, An
                 next_step="Example: keeptune run recipe.yaml --train.learning_rate 1e-3",
             )
         try:
-            pairs[key] = _parse_value(text if equals else rest.pop(0))
+            text = text if equals else rest.pop(0)
+            value = parse_yaml(text)
         except yaml.YAMLError as error:
             raise RecipeError(
                 f"command line --{key}", got=" ".join(str(error).split()), wanted="a YAML value", next_step="Quote it."
             ) from error
+        # To YAML, the template {answer} is a mapping without values.
+        template = isinstance(value, dict) and value and all(part is None for part in value.values())
+        pairs[key] = text if template else value
     return pairs
-
-
-def _parse_value(text: str) -> Any:
-    value = parse_yaml(text)
-    # To YAML, the template {answer} is a mapping without values.
-    template = isinstance(value, dict) and value and all(part is None for part in value.values())
-    return text if template else value
 
 
 def spelt_out(section: Any) -> Any:

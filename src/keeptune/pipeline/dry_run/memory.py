@@ -6,7 +6,6 @@ of the process (``VmHWM``), on a GPU that of the device. ``benchmarks/account.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,21 +120,17 @@ class Footprint:
 
     @cached_property
     def trained(self) -> int:
-        """Numbers that are trained, those beside the factors among them."""
+        """Numbers that are trained, those beside the factors among them; refuses modules that are not there."""
         if self.whole:
             return self.shape.parameters
-        return sum(size.trained for size in self.sizes.values()) + self.shape.head_parameters + self._beside()
-
-    def _beside(self) -> int:
-        """Counts what is trained beside the factors, and refuses what is not there."""
         recipe, model = self.job.recipe, self.shape.model
         names = recipe.modules_to_save, recipe.trainable_token_indices
         fields = trained_beside(model, *names, [target.name for target in self.used]) if any(names) else {}
         modules = [model.get_submodule(name) for name in fields.get("modules_to_save", ())]
         tokens = fields.get("trainable_token_indices", {}).items()
         rows: int = sum(len(ids) * cast(Tensor, model.get_submodule(name).weight).shape[1] for name, ids in tokens)
-        whole: int = sum(parameter.numel() for module in modules for parameter in module.parameters())
-        return rows + whole
+        beside: int = rows + sum(parameter.numel() for module in modules for parameter in module.parameters())
+        return sum(size.trained for size in self.sizes.values()) + self.shape.head_parameters + beside
 
     @property
     def _penalties(self) -> Sequence[Penalty]:
@@ -166,10 +161,7 @@ class Footprint:
         if not own:
             return None
         cache = estimate.cache_bytes(self.shape, batch=BATCH, length=max(2 * part.max_length for part in own))
-        return {"weights": self._base}, {"cache": cache, "logits": self._logits(BATCH, "writing")}
-
-    def _logits(self, tokens: int, use: str, most: float = math.inf) -> int:
-        return estimate.logit_bytes(self.shape, tokens, use, most)
+        return {"weights": self._base}, {"cache": cache, "logits": estimate.logit_bytes(self.shape, BATCH, "writing")}
 
     @property
     def _kind(self) -> str:
@@ -220,17 +212,13 @@ class Footprint:
         """What the plan holds from when it is made to the end of the run: on the CPU, where it is kept."""
         return {} if self._kind == "cuda" else {"plan": self._planned, "penalties": sum(self.penalties.values())}
 
-    @property
-    def _blockwise(self) -> bool:
-        return bool(self.job.recipe.memory == "blockwise")
-
     @cached_property
     def _placed(self) -> int:
         """Bytes of the base on the device while statistics and the plan are made: of its blocks one at a time, or all.
 
         On the CPU a quantised base is whole: its blocks are there already.
         """
-        if not self._blockwise or (self._kind != "cuda" and stays_quantised(self.quantization)):
+        if self.job.recipe.memory != "blockwise" or (self._kind != "cuda" and stays_quantised(self.quantization)):
             return self._base
         maps = sum(target.out_features * target.in_features for target in self.shape.linear)
         in_blocks = self._base - self.shape.size * (self.shape.parameters - maps)
@@ -242,7 +230,7 @@ class Footprint:
         passes: dict[tuple[str, int | None, int | None], list[int]] = {}
         for (request, _), target in self.sites.items():
             if isinstance(request, RowRequest):
-                block = target.layer if self._blockwise else None
+                block = target.layer if self.job.recipe.memory == "blockwise" else None
                 passes.setdefault((request.data, request.examples, block), []).append(request.numbers(target))
         return max((8 * sum(numbers) for numbers in passes.values()), default=0)
 
@@ -259,8 +247,10 @@ class Footprint:
         if through or backward:
             tokens *= 2 if through else 1
             kept = estimate.activation_bytes(self.shape, tuple(rows), ranks=0, batch=1, length=tokens)
-            passing["activations"] = kept // self.shape.blocks if self._blockwise and not through else kept
-            passing["logits"] = self._logits(tokens if rows else 0, "statistics")
+            passing["activations"] = (
+                kept // self.shape.blocks if self.job.recipe.memory == "blockwise" and not through else kept
+            )
+            passing["logits"] = estimate.logit_bytes(self.shape, tokens if rows else 0, "statistics")
         return {"weights": self._placed, "sums": self.sums}, passing
 
     def _plan(self) -> _Stage | None:
@@ -306,9 +296,9 @@ class Footprint:
         smoothed = bool(recipe.train.get("label_smoothing_factor"))
         head = estimate.head_bytes(self.shape, batch=batch, length=length, device=self._kind, smoothed=smoothed)
         if written:
-            head = self._logits(batch * written, "base")
+            head = estimate.logit_bytes(self.shape, batch * written, "base")
         elif loss is not None:
-            head = max(head, self._logits(batch * length, loss.reads, AT_ONCE))
+            head = max(head, estimate.logit_bytes(self.shape, batch * length, loss.reads, AT_ONCE))
         passing = {"activations": self._activations(batch, length), "logits": head}
         answers = self._answers(int(self.argument("gradient_accumulation_steps")) * batch * length)
         return lasting, max(passing, answers, key=lambda parts: sum(parts.values()))
@@ -321,7 +311,7 @@ class Footprint:
             if isinstance(one, Kl):
                 batch = min(one.chosen(data.mean, tokens)[0], data.texts)
                 held["activations"] = self._activations(batch, data.longest)
-                held["logits"] = self._logits(batch * data.longest, "base")
+                held["logits"] = estimate.logit_bytes(self.shape, batch * data.longest, "base")
         return held
 
     def _export(self) -> _Stage:
@@ -330,7 +320,7 @@ class Footprint:
         tokens = _PROBE[0] * min(_PROBE[1], self.lengths.most)
         lasting = {"weights": self._base, "merged": merged, "adapter": 2 * self._factors, **self._held}
         activations = estimate.inference_bytes(self.shape, tokens)
-        return lasting, {"logits": self._logits(tokens, "answers"), "activations": activations}
+        return lasting, {"logits": estimate.logit_bytes(self.shape, tokens, "answers"), "activations": activations}
 
     def _scoring(self) -> _Stage | None:
         found = []

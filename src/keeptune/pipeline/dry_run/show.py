@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 
 from keeptune.core.errors import RecipeError
-from keeptune.pipeline.dry_run.data_sizes import Need
 from keeptune.pipeline.dry_run.describe import DryRun
 from keeptune.pipeline.dry_run.estimate import gemm_rate
 from keeptune.report.numbers import count, duration
@@ -33,13 +32,24 @@ def print_accounts(
     Raises:
         RecipeError: This machine lacks the device to measure.
     """
-    rate = _rate(flops, device)
+    if flops is None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            "device",
+            got=f"{device}, which this machine lacks",
+            wanted="a device whose rate can be measured",
+            next_step="Give the rate of that device in operations a second, such as --flops 4e14.",
+        )
+    rate = gemm_rate(device) if flops is None else flops
     measured = f"matrix products of this machine, {device}" if flops is None else "given"
     source = f"at {rate:.1e} operations a second ({measured})"
     accounts = [dry for _, dry in runs.values()]
     first, one = accounts[0], len(accounts) == 1
-    needs = dict.fromkeys(need for dry in accounts for need in dry.needs)
-    _section(console, "fetch", [_fetch(need) for need in needs if not need.at_hand])
+    fetched = []
+    for need in dict.fromkeys(need for dry in accounts for need in dry.needs if not need.at_hand):
+        revision = f", revision {need.revision}" if need.revision else ""
+        size = f", about {size_text(need.size)}" if need.size else ""
+        fetched.append(f"{need.what} {need.name}{revision}{size}")
+    _section(console, "fetch", fetched)
     _section(console, "train", _train(first) if one else [_model(first)])
     if not one:
         rows = [_row(name, times, dry, rate) for name, (times, dry) in runs.items()]
@@ -54,30 +64,18 @@ def print_accounts(
         _section(console, "disk", _amounts(first.disk))
         _section(console, "time", [*_times(first, rate), f"{source}; a run reaches a part of that"])
     else:
-        say(console, f"{_whole_time(runs, rate)} {source}")
+        number = sum(times for times, _ in runs.values())
+        work = [times * dry.whole_work for times, dry in runs.values() if dry.whole_work is not None]
+        most = "at most " if any(dry.bounds for dry in accounts) else ""
+        known = f"{number} runs, {most}{duration(sum(work) / rate)}"
+        say(console, f"{known if len(work) == len(runs) else f'{number} runs; how long is not known'} {source}")
     for note in dict.fromkeys(note for dry in accounts for note in dry.notes):
         say(console, f"note: {note}")
-
-
-def _rate(flops: float | None, device: str) -> float:
-    if flops is None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(
-            "device",
-            got=f"{device}, which this machine lacks",
-            wanted="a device whose rate can be measured",
-            next_step="Give the rate of that device in operations a second, such as --flops 4e14.",
-        )
-    return gemm_rate(device) if flops is None else flops
 
 
 def _section(console: Console, title: str, lines: Sequence[str]) -> None:
     for line in (title, *(f"  {line}" for line in lines or ["nothing"])):
         say(console, line)
-
-
-def _fetch(need: Need) -> str:
-    revision = f", revision {need.revision}" if need.revision else ""
-    return f"{need.what} {need.name}{revision}" + (f", about {size_text(need.size)}" if need.size else "")
 
 
 def _model(dry: DryRun) -> str:
@@ -135,12 +133,3 @@ def _times(dry: DryRun, rate: float) -> list[str]:
         elif work:
             lines.append(f"{name} {most}{duration(work / rate)} ({most}{work:.1e} operations)")
     return lines
-
-
-def _whole_time(runs: Mapping[str, tuple[int, DryRun]], rate: float) -> str:
-    number = sum(times for times, _ in runs.values())
-    work = [times * dry.whole_work for times, dry in runs.values() if dry.whole_work is not None]
-    if len(work) < len(runs):
-        return f"{number} runs; how long is not known"
-    most = "at most " if any(dry.bounds for _, dry in runs.values()) else ""
-    return f"{number} runs, {most}{duration(sum(work) / rate)}"
