@@ -37,7 +37,7 @@ def prepare(layer: Any, target_plan: TargetPlan) -> None:
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_B_weight")
     if target_plan.confined:
         up.register_buffer(_BUFFER, _outside(target_plan, up.weight.device), persistent=False)
-        up.register_forward_hook(_zero_frozen_rows)
+        up.register_forward_hook(lambda own, _, output: output.masked_fill(own.get_buffer(_BUFFER), 0))
 
 
 def within_rows(target_plan: TargetPlan, name: TensorName, gradient: Tensor) -> Tensor:
@@ -63,10 +63,6 @@ def _outside(target_plan: TargetPlan, device: torch.device) -> Tensor:
     outside = torch.ones(target_plan.target.out_features, dtype=torch.bool)
     outside[list(target_plan.decision.rows or ())] = False
     return outside.to(device)
-
-
-def _zero_frozen_rows(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-    return output.masked_fill(module.get_buffer(_BUFFER), 0)
 
 
 class _Weights(Mapping[str, Any]):

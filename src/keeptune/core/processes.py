@@ -244,15 +244,11 @@ def divided_in_groups(
     groups = [list(own) for _, own in itertools.groupby(items, key=group_of)]
 
     def some(own: Sequence[list[T]]) -> list[list[R]]:
-        with tqdm(total=sum(map(len, own)), desc=title, delay=2, disable=None, leave=False) as bar:
-            return [[_counted(compute(one), bar) for one in group] for group in own]
+        items = [one for group in own for one in group]
+        done = map(compute, tqdm(items, desc=title, delay=2, disable=None, leave=False))
+        return [list(itertools.islice(done, len(group))) for group in own]
 
     return [one for group in divided(groups, some) for one in group]
-
-
-def _counted(value: R, bar: Any) -> R:
-    bar.update()
-    return value
 
 
 def add_up(total: Tensor) -> None:

@@ -96,17 +96,15 @@ def _table(path: Path, where: str) -> list[Row]:
 
     try:
         if path.suffix.lower() == ".parquet":
-            return _unpadded(parquet.read_table(path).to_pylist())
-        with path.open("rb") as file:
-            reader = ipc.open_file(file) if file.read(6) == b"ARROW1" else ipc.open_stream(path.read_bytes())
-            return _unpadded(reader.read_all().to_pylist())
+            table = parquet.read_table(path)
+        else:
+            with path.open("rb") as file:
+                reader = ipc.open_file(file) if file.read(6) == b"ARROW1" else ipc.open_stream(path.read_bytes())
+                table = reader.read_all()
     except (ArrowException, OSError) as error:
         raise _damaged(where, error, "a Parquet table or an Arrow file") from error
-
-
-def _unpadded(rows: list[dict[str, Any]]) -> list[Row]:
-    """Returns the rows of a table; null in an object there is a key that it does not have."""
-    return [{key: hub.without_nulls(value) for key, value in row.items()} for row in rows]
+    # Null in an object is a key that it does not have.
+    return [{key: hub.without_nulls(value) for key, value in row.items()} for row in table.to_pylist()]
 
 
 _READERS = {".csv": _separated, ".tsv": _separated, ".parquet": _table, ".arrow": _table}

@@ -88,7 +88,8 @@ def continued(
         # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
         stack.enter_context(mock.patch.object(model, "generation_config", config))
         # Of a prompt only the last state is taken; of such a view PyTorch on a CPU copies a frozen head for each row.
-        stack.callback(model.get_output_embeddings().register_forward_pre_hook(_contiguous).remove)
+        head = model.get_output_embeddings()
+        stack.callback(head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(),)).remove)
         written: Tensor = generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -99,10 +100,6 @@ def continued(
     rows: list[list[int]] = written[:, width:].tolist()
     ends = ([place for place, token in enumerate(new, start=1) if token in limits.ends] for new in rows)
     return [new[: min(own, default=len(new))] for new, own in zip(rows, ends, strict=True)]
-
-
-def _contiguous(head: object, states: tuple[Tensor]) -> tuple[Tensor]:
-    return (states[0].contiguous(),)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
