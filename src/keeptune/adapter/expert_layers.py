@@ -78,13 +78,6 @@ def patterns_of_parameters() -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def clear(layer: ParamWrapper) -> None:
-    """Puts zeros in the place of the factors of all experts and adapters."""
-    for module in (*layer.lora_A.values(), *layer.lora_B.values()):
-        module.weight.zero_()
-
-
 def saved_factors(experts: Sequence[TargetPlan], weights: Mapping[str, LowRank]) -> tuple[int, Tensor, Tensor]:
     """Puts the changes of the experts of one parameter side by side as PEFT saves them, with zeros for the others.
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from keeptune.adapter.anchor import ANCHOR_NAME, Anchor, apply_anchor, keep_active, resolve
-from keeptune.adapter.expert_layers import Held, clear, held_in, layer_path, patterns_of_parameters
+from keeptune.adapter.expert_layers import Held, held_in, layer_path, patterns_of_parameters
 from keeptune.adapter.special_layers import prepare
 from keeptune.adapter.trained_head import full, keep_precise, put_head, task_type, trained_head, trained_head_names
 from keeptune.core.errors import PlanError, TrainError
@@ -63,7 +63,9 @@ def install(model: PreTrainedModel, plan: Plan, *, anchor: Anchor = "auto") -> P
             PeftModel.add_adapter(wrapped, ANCHOR_NAME, _config(plan, twins, {}))
     keep_precise(wrapped, plan)
     for experts in plan.experts.values():
-        clear(layer_of(wrapped, experts[0].target))
+        layer = layer_of(wrapped, experts[0].target)
+        for module in (*layer.lora_A.values(), *layer.lora_B.values()):
+            nn.init.zeros_(module.weight)
     for target_plan in plan.targets:
         layer = layer_of(wrapped, target_plan.target)
         prepare(layer, target_plan)

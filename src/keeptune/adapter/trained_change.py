@@ -65,10 +65,8 @@ def change_of(model: PeftModel, plan: Plan) -> TrainedChange:
 
 def written_rank(plan: Plan) -> int:
     """Returns the largest rank of a target's change in :func:`change_of`."""
-    ranks = [0]
-    for t in plan.targets:
-        ranks.append(t.decision.rank * (2 if t.anchored and {"A", "B"} <= t.trainable else 1))
-    return max(ranks)
+    both = {"A", "B"}
+    return max((t.decision.rank * (2 if t.anchored and both <= t.trainable else 1) for t in plan.targets), default=0)
 
 
 def truncated_changes(change: TrainedChange, rank: int) -> tuple[TrainedChange, float]:

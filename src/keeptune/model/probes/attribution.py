@@ -193,11 +193,7 @@ class Attributor:
     def _gradients(
         self, clean: _Clean, tokens: Tensor, ats: Sequence[int], points: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
-        """Scores tokens ``(B,)`` at each point of the path of each down-projection, a state each.
-
-        Returns:
-            ``(states, B)``, the score; ``(states, B, D)``, its gradient with respect to the last token's scaled output.
-        """
+        """Scores tokens at points of paths, ``(states, B)``, with gradients in scaled outputs, ``(states, B, D)``."""
         parts = []
         for leaves, cache in self._leaves(clean, ats, points):
             for part in self._streams(clean, leaves, cache, tokens):
@@ -244,10 +240,7 @@ class Attributor:
     def _streams(
         self, clean: _Clean, leaves: dict[int, Tensor], cache: DynamicCache, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Runs the last tokens' streams, entering with leaves ``(rows, n, D)``, and goes back through them.
-
-        Returns ``(rows, states)`` and ``(rows, states, D)``.
-        """
+        """Runs the last tokens' streams, entering with leaves ``(rows, n, D)``, and goes back through them."""
         ready = {at: leaf.detach().requires_grad_(True) for at, leaf in leaves.items()}
         entering = {self.layers[at]: leaf.shape[1] for at, leaf in ready.items()}
         times = len(next(iter(ready.values()))) // len(tokens)
