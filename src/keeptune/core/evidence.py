@@ -15,15 +15,11 @@ _FIRST, _LAST = 48, 16  # kept one by one; the others are evenly spaced
 
 
 def bounded(evidence: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the curves of a target as plain values.
+    """Returns the curves of a target, name to 1-D tensor, as plain values.
 
-    Args:
-        evidence: Name to 1-D tensor.
-
-    Returns:
-        Of up to 256 numbers a list. Of a longer curve that is sorted, 128 points: ``size`` its length, ``at`` their
-        places, ``values`` the numbers there; numbers that a short curve names too (the part of a spectrum that a method
-        takes) are among them. Of one that is not sorted the means over 128 ranges: ``at`` where they begin, ``means``.
+    Of up to 256 numbers a list. Of a longer curve that is sorted, 128 points: ``size`` its length, ``at`` their places,
+    ``values`` the numbers there; numbers that a short curve names too (the part of a spectrum that a method takes) are
+    among them. Of one that is not sorted the means over 128 ranges: ``at`` where they begin, ``means``.
     """
     named = [values for values in evidence.values() if values.numel() <= WHOLE]
     taken = torch.cat(named) if named else torch.empty(0)

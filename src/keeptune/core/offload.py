@@ -44,13 +44,9 @@ def stored_value(model: nn.Module, name: str, value: Tensor) -> Tensor:
 
 
 def edit_values(model: nn.Module, edits: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> None:
-    """Changes parameters and buffers of a model.
+    """Changes parameters and buffers of a model in place: name to the functions that do it.
 
     Those on disk stay as they are there: what is read of them is changed, each time that a module needs it.
-
-    Args:
-        model: The model.
-        edits: Name of a parameter or buffer to functions that change its value in place.
     """
     for name, own in edits.items():
         path, _, leaf = name.rpartition(".")

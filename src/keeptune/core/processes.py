@@ -222,11 +222,7 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def divided(items: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
-    """Divides items among the processes.
-
-    Args:
-        items: The same on all.
-        compute: Returns one result for each of the items that it is given.
+    """Divides items, the same on all, among the processes; ``compute`` returns one result for each that it is given.
 
     Returns:
         The results of all items in their order, on each process.

@@ -119,15 +119,10 @@ def preferences(
     options: FormatOptions | None = None,
     where: str,
 ) -> Preferences:
-    """Reads rows of judged answers.
+    """Reads rows of judged answers by templates of them: of the chosen and the rejected, or of the single one.
 
-    Args:
-        rows: The rows.
-        answers: Templates of the chosen and the rejected answer, or of the single one.
-        prompt: Template of the prompt; None takes the field ``prompt``, or what both answers begin with.
-        label: Template of whether the single answer is good, true or false.
-        options: The names in messages.
-        where: The recipe key, for error messages.
+    A prompt of None takes the field ``prompt``, or what both answers begin with; ``label`` is the template of whether
+    the single answer is good, true or false.
 
     Raises:
         DataError: A field is missing or of another form, no pair differs, or all labels are the same.

@@ -119,14 +119,9 @@ class Method(Options):
         raise NotImplementedError(f"{self.name} builds no adapter")
 
     def size(self, target: Target, downs: Collection[str]) -> Size:
-        """Counts what is trained of a target, before a plan is made.
+        """Counts what is trained of a target, before a plan is made; zero for one that is left alone.
 
-        Args:
-            target: The target.
-            downs: Names of the MLPs' down-projections, where ``rows_of_downs`` is set.
-
-        Returns:
-            The size; zero for a target that is left alone.
+        ``downs`` are names of the MLPs' down-projections, where ``rows_of_downs`` is set.
         """
         return Size(0, 0)
 
@@ -219,16 +214,10 @@ def make_plan(
     head: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Plans a model: scores each target, allocates over all, builds each.
+    """Plans a model: scores each target, allocates over all, builds each; several processes divide the targets.
 
-    Args:
-        method: The method.
-        targets: From :func:`keeptune.model.blocks.find_targets`.
-        weight_of: Reads a target's weight, ``(m, n)`` float32; called once per target and phase. Several processes
-            divide the targets.
-        stats_of: Reads a target's statistics.
-        head: Modules of a classifier that are trained in full beside the factors.
-        provenance: Keys of what the plan was made from.
+    ``weight_of`` reads a target's weight, ``(m, n)`` float32, once per phase; ``head`` names modules of a classifier
+    that are trained in full beside the factors; ``provenance`` has the keys of what the plan was made from.
 
     Raises:
         PlanError: An option does not fit a target, or no target is left.

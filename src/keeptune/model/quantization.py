@@ -69,11 +69,7 @@ def loading(
 ) -> dict[str, Any]:
     """Returns what ``from_pretrained`` takes besides to load a quantised model; nothing for one that is not.
 
-    Args:
-        fields: Of the recipe's quantisation; None loads the model as it is stored.
-        config: The model's config, which says whether its checkpoint is quantised.
-        device: Where the weights are quantised, and stay.
-        where: The model, for error messages.
+    Without fields of the recipe's it is loaded as it is stored. On the device weights are quantised, and stay.
 
     Raises:
         ModelError: The checkpoint is quantised already, the package is not installed, or this machine cannot run it.

@@ -34,12 +34,9 @@ def loki_of(job: Job) -> Loki:
 
 
 def side_of(words: str, job: Job, option: str) -> Side:
-    """Reads one side of a comparison: a preset, a selection and a number of examples, each where it is to differ.
+    """Reads one side of a comparison: what differs from the LoKI of the job's recipe, or else from the default one.
 
-    Args:
-        words: Such as ``paper``, ``global-low``, ``50`` or ``paper,global-low,50``; empty for all of the recipe's own.
-        job: The recipe, whose LoKI (or the default) has the rest.
-        option: The option they come from.
+    ``words`` are a preset, a selection and a number of examples, as ``paper``, ``50`` or ``paper,global-low,50``.
 
     Raises:
         RecipeError: A word is none of them.

@@ -178,10 +178,7 @@ class TraceOptions:
 def trace_models(options: TraceOptions, request: LayerEffect, norm: str = "max") -> dict[str, Any]:
     """Traces a model, and its tuned form if there is one, on the same texts with the same noise.
 
-    Args:
-        options: Which models and data.
-        request: What to measure.
-        norm: ``"max"`` or ``"sum"``, which the figure's profile is normalised by.
+    The figure's profile is normalised by ``norm``, ``"max"`` or ``"sum"``.
 
     Returns:
         The record in ``trace.json``; the folder also has ``layers.png`` and ``heat.png``.

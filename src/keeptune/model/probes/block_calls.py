@@ -111,9 +111,7 @@ class Blocks:
     ) -> Tensor:
         """Runs the blocks on other hidden states; until those enter, one token runs, which is dropped.
 
-        Args:
-            enter: Takes a block's number and the hidden states before it, and returns the block's arguments, or None.
-            hooks: Forward hooks of modules.
+        ``enter`` takes a block's number and the hidden states before it, and returns the block's arguments, or None.
 
         Returns:
             The last block's output.
