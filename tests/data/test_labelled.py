@@ -60,7 +60,7 @@ def test_scores_are_numbers() -> None:
         (
             {"a": "x", "label": "sport"},
             {"names": ["nature", "politics"]},
-            'row 4: got the label "sport".*nature, pol',
+            'row 4: got "sport".*nature, pol',
         ),
     ],
 )

@@ -120,11 +120,6 @@ class ChatTemplate:
 
     Laws: (1) and (2) of the module; nothing depends on the day.
 
-    Args:
-        tokenizer: The base's tokenizer.
-        options: What is learned, and through which template.
-        where: The key of the recipe that errors name.
-
     Raises:
         DataError: There is no template.
     """

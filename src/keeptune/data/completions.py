@@ -160,14 +160,9 @@ def joined_knowledge(parts: Sequence[Calibration]) -> Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Conversations(LanguageExamples):
-    """Conversations, and what is learned of them.
+    """Conversations, and what is learned of them, through which chat template.
 
-    Args:
-        conversations: The messages.
-        options: What is learned, and through which chat template.
-        where: The recipe key, for error messages.
-        truncate: What examples that are too long lose.
-        plain: What a model without a chat template reads instead; None for conversations that need one.
+    ``plain`` is what a model without a chat template reads instead; None for conversations that need one.
     """
 
     conversations: tuple[Conversation, ...]

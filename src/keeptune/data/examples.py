@@ -145,12 +145,7 @@ class LanguageExamples(Examples):
 
 @dataclass(frozen=True, slots=True)
 class Mixed(LanguageExamples):
-    """Examples of several kinds in one order.
-
-    Args:
-        parts: The examples.
-        order: Of each example of the whole, its part and its index there.
-    """
+    """Examples of several kinds in one order: of each of the whole, its part and its index there."""
 
     parts: tuple[LanguageExamples, ...]
     order: tuple[tuple[int, int], ...]

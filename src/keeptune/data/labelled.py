@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
-from keeptune.core.errors import DataError
+from keeptune.core.errors import DataError, need_known
 from keeptune.data.calibration import Calibration, pad_id_of
 from keeptune.data.examples import Examples, Lost, draw_rows
 from keeptune.data.sources import Row, pick, refuse_empty, render_all, text_of
@@ -151,13 +151,7 @@ def label_indices(labels: Sequence[str], known: Sequence[str], *, where: str) ->
     """Returns the places of labels among the known ones; others raise DataError."""
     index = {name: place for place, name in enumerate(known)}
     for number, name in enumerate(labels, start=1):
-        if name not in index:
-            raise DataError(
-                f"{where} row {number}",
-                got=f'the label "{name}"',
-                wanted=f"one of the labels that the model learns: {', '.join(known)}",
-                next_step="Correct the row, or list all labels in task.labels.",
-            )
+        need_known(name, index, f"{where} row {number}", "a label that the model learns (task.labels)", DataError)
     return tuple(index[name] for name in labels)
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,14 +49,8 @@ from keeptune.statistics.request import Request
 Selection = Literal["layer-balanced", "global-low", "global-high"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Selected:
-    """The rows that were selected of one down-projection.
-
-    Args:
-        rows: S_l, ascending.
-        votes: Share of the texts that named each node, c_l,i / N, ``(D,)``.
-    """
+class Selected(NamedTuple):
+    """The rows S_l of one down-projection, ascending, and the share of texts that named each node, ``(D,)``."""
 
     rows: tuple[int, ...]
     votes: Tensor

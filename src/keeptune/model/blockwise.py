@@ -45,11 +45,9 @@ _Watch = Callable[[RealRows], AbstractContextManager[None]]
 class BlockwiseRunner(Runner):
     """Passes all batches through a block, then through the next, and back in the same way, with the Runner's numbers.
 
-    Weights come from where the model has them: its files (``load_offloaded``), or the CPU. Inputs of blocks are kept
-    on the CPU or on disk (:class:`Shelf`). A pass forth reads the weights once, a pass back twice.
-
-    Args:
-        place: Where blocks run; None is where the model runs.
+    Weights come from where the model has them: its files (``load_offloaded``), or the CPU. Inputs of blocks are kept on
+    the CPU or on disk (:class:`Shelf`). A pass forth reads the weights once, a pass back twice. Without a place blocks
+    run where the model runs.
     """
 
     place: torch.device | None = None
@@ -327,11 +325,7 @@ def _end_pass(*_: Any) -> None:
 
 
 class Shelf:
-    """Tensors by name, on the CPU; the folder, in that of ``TMPDIR``, is removed by :meth:`close`.
-
-    Args:
-        limit: Bytes that are held in memory.
-    """
+    """Tensors by name, on the CPU up to a limit in bytes, then in a folder (of ``TMPDIR``) that is removed in the end."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._bytes = limit, 0

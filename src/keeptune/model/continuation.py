@@ -25,14 +25,9 @@ from keeptune.core.errors import need_finite
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Where texts end.
+    """Where texts end: at so many new tokens, or at an end token.
 
-    Args:
-        new_tokens: Tokens at most.
-        ends: End tokens.
-        pad: Id of the padding.
-        where: For error messages.
-        stops: Strings after which a text may end; this saves time, the text is not cut.
+    ``stops`` are strings after which a text may end; this saves time, the text is not cut.
     """
 
     new_tokens: int

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,15 +48,8 @@ _COST, _SHARE, _RAREST = 4.5 / 3, 0.25, 8
 _HELD_OUT, _MOST_HELD_OUT = 8, 16  # one text of so many, up to so many
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TextBatch:
-    """Texts that the model is run on.
-
-    Args:
-        input_ids: ``(texts, length)``.
-        attention_mask: 1 for a token, 0 for padding.
-        learned: True for a token that is predicted, which the first of a text never is.
-    """
+class TextBatch(NamedTuple):
+    """Texts, ``(texts, length)``; a token that is predicted is learned, which the first of a text never is."""
 
     input_ids: Tensor
     attention_mask: Tensor

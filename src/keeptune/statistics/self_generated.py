@@ -260,10 +260,7 @@ class Written(NamedTuple):
 class SelfWritten(LanguageExamples):
     """Texts of a model as knowledge: what it wrote is learned, with an end where it ended; what it read is not.
 
-    Args:
-        texts: Those that are of use.
-        left_out: How many are not, by reason.
-        where: The recipe key.
+    ``left_out`` counts those that are of no use, by reason.
     """
 
     texts: tuple[Written, ...]

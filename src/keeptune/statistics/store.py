@@ -38,13 +38,7 @@ _FRAME = 1024  # of an entry besides its numbers and recipe, at most
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a statistic was taken from; part of every key.
-
-    Args:
-        model: Fingerprint of the model's weights.
-        data: Fingerprint of the token ids.
-        dtype: The dtype the model ran in.
-    """
+    """What a statistic was taken from, by fingerprints of weights and token ids; part of every key."""
 
     model: str
     data: str
@@ -56,11 +50,8 @@ class StatStore:
     """A folder of entries, each a folder with ``recipe.json`` and ``value.safetensors``.
 
     An entry appears whole or not at all; a damaged one is recomputed, never used. Recipes are all that determines it.
-    What this object has read or written stays as long as it is there (:mod:`keeptune.statistics.store_use`).
-
-    Args:
-        folder: Where.
-        limit: Bytes; before a put that would exceed it, the least recently used entries go.
+    What this object has read or written stays as long as it is there (:mod:`keeptune.statistics.store_use`). Before a
+    put that would exceed the limit, in bytes, the least recently used entries go.
     """
 
     folder: Path

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from keeptune.adapter.install import starting_values
-from keeptune.core.errors import TrainError, nearest
+from keeptune.core.errors import TrainError, need_known
 from keeptune.core.plan import Plan
 from keeptune.training.guard import Guard
 from keeptune.training.losses.base import TaskLoss, loss_named
@@ -58,13 +58,7 @@ def add_plan(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     refuse_zero(trainer.args)
     _keep_precise(trainer.model, plan)
     for key, value in plan.training.items():
-        if key not in (_FACTOR, _KEPT):
-            raise TrainError(
-                "plan, training",
-                got=f'"{key}"',
-                wanted="one that this version knows",
-                next_step=nearest(key, [_FACTOR, _KEPT]),
-            )
+        need_known(key, (_FACTOR, _KEPT), "plan, training", "one that this version knows", TrainError)
         if key == _FACTOR:
             _scale_rate(trainer, plan, value)
     if plan.penalties:

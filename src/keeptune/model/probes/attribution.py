@@ -120,11 +120,7 @@ class _Clean:
 
 
 class Attributor:
-    """Attributes batches of texts, with a causal language model without adapters.
-
-    Args:
-        chunk: Tokens in a pass; it changes speed and memory only.
-    """
+    """Attributes batches of texts, with a causal language model without adapters; ``chunk`` tokens in a pass."""
 
     def __init__(self, model: PreTrainedModel, integral: Integral, *, chunk: int = 2048) -> None:
         if head_of(model) or not model.can_generate() or model.config.is_encoder_decoder:

@@ -115,11 +115,7 @@ class Traced:
 
 
 class Tracer:
-    """Traces batches of texts with a causal language model.
-
-    Args:
-        chunk: Tokens in a pass with restored states; it changes speed and memory only.
-    """
+    """Traces batches of texts with a causal language model; ``chunk`` tokens in a pass with restored states."""
 
     def __init__(self, model: PreTrainedModel, *, reading: Reading, chunk: int = 2048) -> None:
         self.blocks = Blocks(model, blocks_of(model))
