@@ -325,7 +325,7 @@ def _end_pass(*_: Any) -> None:
 
 
 class Shelf:
-    """Tensors by name, on the CPU up to a limit in bytes, then in a folder (of ``TMPDIR``) that is removed in the end."""
+    """Tensors by name, on the CPU up to a limit in bytes, then in a folder (of ``TMPDIR``) until it is closed."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._bytes = limit, 0
