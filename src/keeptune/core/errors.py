@@ -102,6 +102,12 @@ def need_known(
         raise error(where, got=f'"{name}"', wanted=wanted, next_step=nearest(str(name), known))
 
 
+def not_there(where: str, kind: str, wanted: str, error: type[KeeptuneError]) -> KeeptuneError:
+    """Returns the error to raise for a file or a folder that is not there."""
+    advice = "Check the path; relative paths start at the current directory, then at the recipe's folder."
+    return error(where, got=f"no such {kind}", wanted=wanted, next_step=advice)
+
+
 def need_finite(finite: Any, where: str, what: str, error: type[KeeptuneError] = ModelError) -> None:
     """Raises an error unless all of a tensor of truth values is true; ``what`` is plural."""
     if not bool(finite.all()):

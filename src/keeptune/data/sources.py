@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keeptune.core.errors import DataError
+from keeptune.core.errors import DataError, not_there
 from keeptune.data import hub
 
 Row = Mapping[str, Any]
@@ -45,12 +45,7 @@ def _read_file(path: Path, where: str, origin: Mapping[str, str | None]) -> list
             next_step="Leave it out; a file on the hub at a revision is hf://datasets/org/name@revision/file.jsonl.",
         )
     if not path.is_file():
-        raise DataError(
-            f"{where} {path}",
-            got="no such file",
-            wanted="a JSONL file, one object a line",
-            next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
-        )
+        raise not_there(f"{where} {path}", "file", "a JSONL file, one object a line", DataError)
     try:
         return _READERS.get(path.suffix.lower(), _json)(path, f"{where} {path}")
     except OSError as error:

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from keeptune.core.errors import ModelError, need_finite
+from keeptune.core.errors import ModelError, need_finite, not_there
 from keeptune.core.offload import hook_of, stored_value
 from keeptune.core.weights import is_quantised, keep_layout, refuse_misread
 from keeptune.model.blocks import head_of, positions
@@ -301,12 +301,7 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(
-                f"model {name}",
-                got="no such folder",
-                wanted="a model folder or a hub id such as org/name",
-                next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
-            )
+            raise not_there(f"model {name}", "folder", "a model folder or a hub id such as org/name", ModelError)
         return
     if not (folder / "config.json").is_file():
         raise ModelError(

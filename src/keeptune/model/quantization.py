@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils import is_gguf_available
 
-from keeptune.core.errors import ModelError, RecipeError, need_known
+from keeptune.core.errors import ModelError, RecipeError, need_known, not_there
 
 _BNB = {"load_in_4bit": "bitsandbytes_4bit", "load_in_8bit": "bitsandbytes_8bit"}
 _KEY, _TYPE = "quantization", "bnb_4bit_quant_type"
@@ -178,12 +178,7 @@ def check_gguf(name: str) -> None:
         ModelError: It is not.
     """
     if not Path(name).expanduser().is_file() and not _is_on_hub(name):
-        raise ModelError(
-            f"model {name}",
-            got="no such file",
-            wanted="a GGUF file, or one on the hub: org/name/file.gguf",
-            next_step="Check the path; relative paths start at the current directory, then at the recipe's folder.",
-        )
+        raise not_there(f"model {name}", "file", "a GGUF file, or one on the hub: org/name/file.gguf", ModelError)
     if not is_gguf_available():
         raise ModelError(
             f"model {name}",
