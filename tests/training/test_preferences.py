@@ -183,7 +183,7 @@ def test_tokens_are_those_of_trls_trainers(
         ("preference", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}, None),
         ("preference", {"f_divergence_type": "js_divergence"}, None),
         ("preference", {"loss_type": "sigmoyd"}, 'Did you mean "sigmoid"'),
-        ("preference", {"loss_type": ["sigmoid", "nll"]}, "'nll'"),
+        ("preference", {"loss_type": ["sigmoid", "nll"]}, '"nll"'),
         ("preference", {"f_divergence_type": "kl"}, "reverse_kl"),
         ("preference", {"beta": 0}, "greater than 0"),
         ("preference", {"ld_alpha": 1.5}, "less than or equal to 1"),
