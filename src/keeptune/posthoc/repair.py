@@ -156,20 +156,7 @@ def repair(
     data = _tokens(start, knowledge, task, options)
     clock.lap("load")
     problem, total, changes, rows = _solved_in_rounds(start, data, options, clock)
-    if total["budget"] is not None and total["mu"] == 0:
-        told = total["drift_before"], total["budget"]
-        _log.warning("repair: the drift is %.2g, within the budget of %g: nothing changes", *told)
-    cut = [row["truncation"] for row in rows if row["target"] not in start.exact]
-    if cut:
-        _log.warning(
-            "repair: %d of %d changes have no low-rank form; rank %d cuts off %.3g of their size (mean; at most %.3g)",
-            *(len(cut), len(rows), options.rank, sum(cut) / len(cut), max(cut)),
-        )
-    if start.dropped:
-        _log.warning("repair: trained besides linear maps, and no part of the result: %s", named(start.dropped, 5))
-    if problem.unseen:
-        left = len(problem.unseen)
-        _log.warning("repair: no token of the data reached %d changed targets: they stay as they are", left)
+    _warn(total, rows, start, options.rank)
     record = total | {"targets": rows, "dropped": list(start.dropped), "end_token": options.end_token}
     examples = {role: len(tokens.sequences) for role, tokens in data.items()}
     made_from = {
@@ -265,6 +252,25 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     names = ("drift_before", "drift", "task_kept", "task_error", "norm_kept", "truncation")
     values = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     return {name: sum(own) / len(own) if own else None for name, own in values.items()}
+
+
+def _warn(total: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], start: FactoredModel, rank: int) -> None:
+    """Logs what the result leaves out."""
+    before, budget = total["drift_before"], total["budget"]
+    if budget is not None and total["mu"] == 0:
+        _log.warning("repair: the drift is %.2g, within the budget of %g: nothing changes", before, budget)
+    cut = [row["truncation"] for row in rows if row["target"] not in start.exact]
+    if cut:
+        _log.warning(
+            "repair: %d of %d changes have no low-rank form; rank %d cuts off %.3g of their size (mean; at most %.3g)",
+            *(len(cut), len(rows), rank, sum(cut) / len(cut), max(cut)),
+        )
+    if start.dropped:
+        told = named(start.dropped, 5)
+        _log.warning("repair: trained besides linear maps, and no part of the result: %s", told)
+    left = len(start.changes) - len(rows)
+    if left:
+        _log.warning("repair: no token of the data reached %d changed targets: they stay as they are", left)
 
 
 def _repaired(
