@@ -166,23 +166,10 @@ def run_stages(recipe: Path, overrides: Mapping[str, Any]) -> Any:
     """
     from keeptune.experiments.sequence.run_stages import run_sequence
     from keeptune.experiments.sequence.stages_section import load_sequence
+    from keeptune.report.tables.terminal import table
 
     sequence = load_sequence(recipe, overrides)
     record = run_sequence(sequence)
-    _show_stages(record, Console())
-    written = record["export"]
-    if written is not None and written["error"]:
-        echo(f"cut to rank {written['rank']}: {written['error']:.2%} of the change (Frobenius) is left out")
-    for stage in record["stages"]:
-        echo(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
-    echo(f"for the original base: {record['adapter']}")
-    echo(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")
-    return record
-
-
-def _show_stages(record: Mapping[str, Any], console: Console) -> None:
-    from keeptune.report.tables.terminal import table
-
     heads = ["after"]
     for benchmark in record["benchmarks"]:
         about = benchmark["stage"] or ("keep" if benchmark["role"] == "knowledge" else "learn")
@@ -192,11 +179,19 @@ def _show_stages(record: Mapping[str, Any], console: Console) -> None:
     for name, row, intervals in zip(names, record["scores"], record["intervals"], strict=True):
         ends = ["" if pair is None else f"\n{pair[0]:+.2f} {pair[1]:+.2f}" for pair in intervals]
         rows.append((name, *(_score_text(score) + pair for score, pair in zip(row, ends, strict=True))))
-    console.print(table(heads, rows, heads[:1]))
+    Console().print(table(heads, rows, heads[:1]))
     echo("below a score: ends of the 95% interval of its difference to the base's, on the same items")
     echo(", ".join(f"{name.replace('_', ' ')} {_score_text(record[name])}" for name in _MEASURES))
     if record["why"]:
         echo(record["why"])
+    written = record["export"]
+    if written is not None and written["error"]:
+        echo(f"cut to rank {written['rank']}: {written['error']:.2%} of the change (Frobenius) is left out")
+    for stage in record["stages"]:
+        echo(f"after {stage['name']}: {stage['adapter']}, gap {stage['gap']:.1e} in logits to what was trained")
+    echo(f"for the original base: {record['adapter']}")
+    echo(f"report: {sequence.output / 'report.html'}, numbers: {sequence.output / 'sequence.json'}")
+    return record
 
 
 def _score_text(value: float | None) -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,14 +24,12 @@ from keeptune.cli.shared import (
     ExitCode,
     Flops,
     RecipeFile,
+    job_of,
     load,
     overrides_of,
     print_report,
 )
 from keeptune.core.errors import KeeptuneError
-
-if TYPE_CHECKING:
-    from keeptune.pipeline.job import Job
 
 _NO_TELEMETRY = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -103,7 +101,7 @@ def stats(context: typer.Context, recipe: RecipeFile) -> dict[str, Any]:
     """Collect the statistics that the method needs into the store."""
     from keeptune.pipeline.run import stats_stage
 
-    job = _job(recipe, context)
+    job = job_of(recipe, context)
     targets, statistics = stats_stage(job)
     sites = {request.site(t) for t in targets for request in statistics.requests[t.name]}
     echo(f"{len(sites)} statistics for {len(targets)} targets in {job.store.folder}")
@@ -117,7 +115,7 @@ def plan(context: typer.Context, recipe: RecipeFile) -> dict[str, Any]:
     from keeptune.pipeline.run import plan_stage
     from keeptune.report.tables.analyses import print_plan
 
-    job = _job(recipe, context)
+    job = job_of(recipe, context)
     made = plan_stage(job)
     notes = made.provenance.get("notes", ())
     if made.scope == "all":
@@ -135,7 +133,7 @@ def train(context: typer.Context, recipe: RecipeFile) -> dict[str, Any]:
     from keeptune.pipeline.run import plan_stage
     from keeptune.pipeline.training import train_stage
 
-    job = _job(recipe, context)
+    job = job_of(recipe, context)
     train_stage(job, plan_stage(job))
     echo(f"trained factors in {job.output / 'trained'}")
     return {"trained": job.output / "trained"}
@@ -151,7 +149,7 @@ def evaluate(
     from keeptune.pipeline.scoring import evaluate_stage
     from keeptune.report.tables.analyses import print_scores
 
-    scores = evaluate_stage(_job(recipe, context), adapter)
+    scores = evaluate_stage(job_of(recipe, context), adapter)
     print_scores(scores, Console())
     return scores
 
@@ -210,12 +208,6 @@ def demo(
     from keeptune.pipeline.demo import demo as run_demo
 
     return print_report(run_demo(output, seeds=range(seeds)), output)
-
-
-def _job(recipe: Path, context: typer.Context) -> Job:
-    from keeptune.pipeline.run import started
-
-    return context.with_resource(started(load(recipe, context)))
 
 
 def _quiet_libraries() -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer import echo
 
-from keeptune.cli.shared import load
-from keeptune.core.errors import RecipeError
+from keeptune.cli.shared import job_of, load
+from keeptune.core.errors import RecipeError, need_known
 
 BaseFile = Annotated[str | None, typer.Option(help="The GGUF file of the base; default: the one trained on.")]
 
@@ -25,33 +25,30 @@ def export(
 ) -> Any:
     """Write the trained adapter and check it on a freshly loaded base; or, with --to, as another server reads it."""
     if to is not None:
-        return _to(to, recipe if recipe.is_dir() else load(recipe, context).output, base, merged, quantise)
+        from keeptune.pipeline.gguf_export import GgufOptions, export_gguf
+
+        need_known(to, ["gguf"], "--to", "gguf")
+        run = recipe if recipe.is_dir() else load(recipe, context).output
+        made = export_gguf(run, GgufOptions(base, merged, quantise))  # type: ignore[arg-type]
+        echo(f"{made['file']} ({made['quantise']}), with a Modelfile for Ollama")
+        what = "difference in logits to the merged model" if made["merged"] else "rounding of the factors"
+        against = made["base"]
+        checked = f"checked against {against}" if against else "not checked against a file of the base (--base)"
+        echo(f"{what}: {made['error']:.1e} relative; {checked}\nserve: {made['serve']}")
+        return made
     for option, value in {"--base": base, "--merged": merged, "--quantise": quantise}.items():
         if value:
             raise RecipeError(option, got="no --to", wanted="--to gguf with it", next_step="Add --to gguf.")
     from keeptune.pipeline.export import export_stage
-    from keeptune.pipeline.run import plan_stage, started
+    from keeptune.pipeline.run import plan_stage
 
-    job = context.with_resource(started(load(recipe, context)))
+    job = job_of(recipe, context)
     done = export_stage(job, plan_stage(job))
     echo(f"{done.format} in {done.folder}, rank {done.rank}")
     echo(f"gap to the trained model on a fresh base: {done.gap:.1e} in logits, {done.relative_gap:.1e} relative")
     if done.error:
         echo(f"cut to a smaller rank: {done.error:.2%} of the trained change (Frobenius) is left out")
     echo(f"serve: {done.serve}")
-    return done
-
-
-def _to(to: str, run: Path, base: str | None, merged: bool, quantise: Any) -> Any:
-    from keeptune.core.errors import need_known
-    from keeptune.pipeline.gguf_export import GgufOptions, export_gguf
-
-    need_known(to, ["gguf"], "--to", "gguf")
-    done = export_gguf(run, GgufOptions(base, merged, quantise))
-    echo(f"{done['file']} ({done['quantise']}), with a Modelfile for Ollama")
-    what = "difference in logits to the merged model" if done["merged"] else "rounding of the factors"
-    checked = f"checked against {done['base']}" if done["base"] else "not checked against a file of the base (--base)"
-    echo(f"{what}: {done['error']:.1e} relative; {checked}\nserve: {done['serve']}")
     return done
 
 

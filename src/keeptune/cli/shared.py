@@ -19,6 +19,7 @@ from rich.console import Console
 from keeptune.core.errors import RecipeError
 
 if TYPE_CHECKING:
+    from keeptune.pipeline.job import Job
     from keeptune.recipe.schema import Recipe
 
 N = TypeVar("N", int, float)
@@ -104,6 +105,13 @@ def load(recipe: Path, context: typer.Context) -> Recipe:
     from keeptune.recipe.schema import load_recipe
 
     return load_recipe(recipe, overrides_of(context))
+
+
+def job_of(recipe: Path, context: typer.Context) -> Job:
+    """Returns the job of a recipe with the keys that are set on the command line; the run folder is held meanwhile."""
+    from keeptune.pipeline.run import started
+
+    return context.with_resource(started(load(recipe, context)))
 
 
 def print_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -64,7 +64,13 @@ def clear(
     at = _store_at(store or context.obj)
     if model is not None and not model.strip():
         raise RecipeError("--model", got="nothing", wanted="a name or a key", next_step="Leave it out to clear all.")
-    before = time.time() - (0 if older_than is None else _seconds(older_than))
+    before = time.time()
+    if older_than is not None:
+        age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhdw])", older_than.strip())
+        if age is None:
+            asked = "a time such as 30d, 12h or 2w"
+            raise RecipeError("--older-than", got=older_than, wanted=asked, next_step="Correct it.")
+        before -= float(age[1]) * _SECONDS[age[2]]
     names = model_names(at.folder)
 
     def wanted(entry: Entry) -> bool:
@@ -90,13 +96,6 @@ def _store_at(folder: Path | None) -> StatStore:
     found = statistics_store(folder)
     check_folder("--store", found.folder)
     return found
-
-
-def _seconds(text: str) -> float:
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhdw])", text.strip())
-    if number is None:
-        raise RecipeError("--older-than", got=text, wanted="a time such as 30d, 12h or 2w", next_step="Correct it.")
-    return float(number[1]) * _SECONDS[number[2]]
 
 
 def _moment(used: float) -> datetime:

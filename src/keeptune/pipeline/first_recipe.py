@@ -42,6 +42,7 @@ _ABOUT: Final = {
     "train": "Any field of TRL's SFTConfig.",
     "output": "The folder of the run: adapter/, report.html, report.json.",
 }
+_OWN: Final = "# knowledge: general, or {file: keep.jsonl}. Without it the base first writes 256 texts.\n"
 _MORE: Final = """
 # What was learned and lost, on the same items before and after:
 # evaluate:
@@ -87,20 +88,16 @@ def first_recipe(given: Mapping[str, Any], *, keep: str = "own", card: str = "au
         account = DryRun(job, shape, Lengths(job, shape.positions))
         need = sum(account.memory[account.peak].values())
         if need <= _FREE * room:
-            return _text(values), f"{size_text(need)} at its peak ({account.peak}), of {size_text(room)}"
+            parts = ["# Written by `keeptune init`; every key: docs/guides/recipe.md.\n"]
+            for key, value in values.items():
+                about = f"# {_ABOUT[key]}\n" if key in _ABOUT else ""
+                parts.append(about + yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100))
+                if key == "task" and "knowledge" not in values:
+                    parts.append(_OWN)
+            return "\n".join(parts) + _MORE, f"{size_text(need)} at its peak ({account.peak}), of {size_text(room)}"
     raise RecipeError(
         "init --card",
         got=f"{size_text(room)}, where {size_text(need)} are needed",
         wanted="memory for the model",
         next_step="Take a smaller model, `--train.max_length 512`, or several cards (`keeptune launch`).",
     )
-
-
-def _text(values: Mapping[str, Any]) -> str:
-    parts = ["# Written by `keeptune init`; every key: docs/guides/recipe.md.\n"]
-    for key, value in values.items():
-        about = f"# {_ABOUT[key]}\n" if key in _ABOUT else ""
-        parts.append(about + yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100))
-        if key == "task" and "knowledge" not in values:
-            parts.append("# knowledge: general, or {file: keep.jsonl}. Without it the base first writes 256 texts.\n")
-    return "\n".join(parts) + _MORE

@@ -100,7 +100,13 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, 
         if merged:
             error = _write_whole(trained, fresh / name, str(base), reader, quantise, template)
         else:
-            error = _write_adapter(trained, fresh / name, base, reader, quantise)
+            layout = files.layout_of(load_config(trained.base), f"base {trained.base}")
+            error = files.write_lora_file(fresh / name, trained.folder, layout, quantise)
+            if base not in {None, trained.base}:
+                names = sorted(read_json(trained.folder / "adapter_config.json")["target_modules"], reverse=True)
+                first = {name.split(".")[-1]: f"{name}.weight" for name in names}.values()  # of each role
+                entries = _entries(load_floats(trained.base, LoadOptions()))
+                files.check_base(str(base), reader, layout, entries, [entry for entry in entries if entry[0] in first])
         if template is not None:
             write_text(fresh / "chat_template.jinja", template)
             lines.append(f'TEMPLATE """{go_template(tokenizer, reader)}"""')
@@ -130,17 +136,6 @@ def written(run: Path | str, base: str | None) -> dict[str, Any] | None:
         if done.get("weights") == weights and done["base"] and base in {None, done["base"]}:
             return done
     return None
-
-
-def _write_adapter(trained: TrainedModel, file: Path, base: str | None, reader: Any, quantise: Quantise) -> float:
-    layout = files.layout_of(load_config(trained.base), f"base {trained.base}")
-    error = files.write_lora_file(file, trained.folder, layout, quantise)
-    if base not in {None, trained.base}:
-        names = sorted(read_json(trained.folder / "adapter_config.json")["target_modules"], reverse=True)
-        first = {name.split(".")[-1]: f"{name}.weight" for name in names}.values()  # of each role
-        entries = _entries(load_floats(trained.base, LoadOptions()))
-        files.check_base(str(base), reader, layout, entries, [entry for entry in entries if entry[0] in first])
-    return error
 
 
 def _write_whole(

@@ -238,7 +238,21 @@ def with_penalties(
     model = runner.model
     requests = {t.target: frozenset[Request]().union(*(one.requests(t) for one in penalties)) for t in plan.targets}
     statistics = collect_for(runner, requests, data, store, options)
-    held, free = _reached(penalties, plan.targets, statistics)
+    held, free = [], []
+    for penalty in penalties:  # what experts that no token reached put out on the knowledge could not be held
+        unseen = statistics.unseen
+        lost = {t.target.name for t in plan.targets if penalty.requests(t) & unseen.get(t.target.name, frozenset())}
+        if len(lost) == len(plan.targets):
+            raise PlanError(
+                f"penalty {penalty.name}",
+                got="no token of the knowledge that reached one of its targets",
+                wanted="knowledge that reaches some of them",
+                next_step="Add knowledge, or take other `targets`.",
+            )
+        if lost:
+            names = named(sorted(lost))
+            free.append(f"penalty {penalty.name}: no token of the knowledge reached {names}: trained, held by nothing")
+        held.append((penalty, tuple(t for t in plan.targets if t.target.name not in lost)))
     plans = []
     blocks = depth(model)
     for penalty, own in held:
@@ -267,25 +281,3 @@ def with_penalties(
         notes.append("penalties on weights hold the change of W, s B A; the biases are free")
     provenance = {**plan.provenance, "notes": notes} if notes else plan.provenance
     return replace(plan, penalties=tuple(plans), provenance=provenance)
-
-
-def _reached(
-    penalties: Sequence[Penalty], targets: tuple[TargetPlan, ...], statistics: Statistics
-) -> tuple[list[tuple[Penalty, tuple[TargetPlan, ...]]], list[str]]:
-    """Leaves out experts that no token reached: what they put out on the knowledge is nothing that could be held."""
-    reached, notes = [], []
-    for penalty in penalties:
-        unseen = statistics.unseen
-        lost = {t.target.name for t in targets if penalty.requests(t) & unseen.get(t.target.name, frozenset())}
-        if len(lost) == len(targets):
-            raise PlanError(
-                f"penalty {penalty.name}",
-                got="no token of the knowledge that reached one of its targets",
-                wanted="knowledge that reaches some of them",
-                next_step="Add knowledge, or take other `targets`.",
-            )
-        if lost:
-            names = named(sorted(lost))
-            notes.append(f"penalty {penalty.name}: no token of the knowledge reached {names}: trained, held by nothing")
-        reached.append((penalty, tuple(t for t in targets if t.target.name not in lost)))
-    return reached, notes

@@ -78,28 +78,26 @@ def push(
             raise RecipeError(leaks[0], got="a token of the hub in it", wanted="none", next_step="Take it out first.")
         card = (staged / "README.md").read_text(encoding="utf-8") if "README.md" in texts else ""
         done: dict[str, Any] = {"repo": repo, "files": {one.name: one.stat().st_size for one in found}, "card": card}
-        return done | {"url": None if dry else _upload(staged, repo, private)}
+        if dry:
+            return done | {"url": None}
+        if get_token() is None:
+            next_step = "Run `hf auth login`, or set HF_TOKEN; --dry-run shows what would be uploaded."
+            raise RecipeError("keeptune push", got="nobody logged in", wanted="a token of the hub", next_step=next_step)
+        try:
+            api = HfApi()
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Upload by keeptune")
+        # OSError: no network, offline mode, or the hub's refusal; ValueError: what the hub does not take.
+        except (OSError, ValueError) as error:
+            raise ExportError(
+                f"push to {repo}",
+                got=" ".join(str(error).split())[:300],
+                wanted="a hub that takes it",
+                next_step="Check the name, the token's rights (`hf auth whoami`), the network and HF_HUB_OFFLINE.",
+            ) from error
+        return done | {"url": str(commit.commit_url)}
 
 
 def _need_name(where: str, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) or ".." in name or "--" in name:
         raise RecipeError(where, got=f'"{name}"', wanted='a name on the hub, "org/name"', next_step="Change it.")
-
-
-def _upload(folder: Path, repo: str, private: bool) -> str:
-    if get_token() is None:
-        next_step = "Run `hf auth login`, or set HF_TOKEN; --dry-run shows what would be uploaded."
-        raise RecipeError("keeptune push", got="nobody logged in", wanted="a token of the hub", next_step=next_step)
-    try:
-        api = HfApi()
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by keeptune")
-    # OSError: no network, offline mode, or the hub's refusal; ValueError: what the hub does not take.
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"push to {repo}",
-            got=" ".join(str(error).split())[:300],
-            wanted="a hub that takes it",
-            next_step="Check the name, the token's rights (`hf auth whoami`), the network and HF_HUB_OFFLINE.",
-        ) from error
-    return str(done.commit_url)

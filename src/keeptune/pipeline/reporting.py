@@ -93,9 +93,16 @@ class FinishedRun:
                     wanted="stages of one recipe",
                     next_step=f"Run `keeptune run` (or `keeptune {stage}` and what follows) with the run's recipe.",
                 )
+        # The method, the variant or mode of one that has several, and what the recipe adds to it.
+        method, task = plan.method, self.recipe["task"]
+        variant = str(plan.options.get("variant") or plan.options.get("mode") or "")
+        name = variant if variant.startswith(method) else f"{method}-{variant}" if variant else method
+        loss = (task.get("loss") or {"name": "nll"})["name"]
+        added = [penalty["name"] for penalty in self.recipe.get("penalties", ())]
+        added += [loss] * (loss != "nll") + ["stm"] * (task.get("stm_threshold") is not None)
         return {
-            "name": self._name,
-            "method": plan.method,
+            "name": " + ".join([name, *added, *(["replay"] if self.recipe.get("replay") else [])]),
+            "method": method,
             "seed": int(trained["arguments"].get("seed", 0)),
             "base": trained["base"],
             "adapter": str(self.result),
@@ -115,18 +122,6 @@ class FinishedRun:
             "notes": notes,
             "benchmarks": [result.summary() for result in self.results],
         }
-
-    @property
-    def _name(self) -> str:
-        """The method, the variant or mode of one that has several, and what the recipe adds to it."""
-        method, options = self.plan.method, self.plan.options
-        variant = str(options.get("variant") or options.get("mode") or "")
-        name = variant if variant.startswith(method) else f"{method}-{variant}" if variant else method
-        task = self.recipe["task"]
-        loss = (task.get("loss") or {"name": "nll"})["name"]
-        added = [penalty["name"] for penalty in self.recipe.get("penalties", ())]
-        added += [loss] * (loss != "nll") + ["stm"] * (task.get("stm_threshold") is not None)
-        return " + ".join([name, *added, *(["replay"] if self.recipe.get("replay") else [])])
 
 
 def _read(path: Path, stage: str) -> Any:
@@ -160,7 +155,15 @@ def write_report(
     """
     runs = [FinishedRun(folder) for folder in folders]
     entries = [run.entry for run in runs]
-    _label(entries)
+    alike: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for entry in entries:
+        alike.setdefault((entry["name"], entry["seed"]), []).append(entry)
+    for (name, _), same in alike.items():  # labelled by the options they differ in
+        keys = sorted({key for entry in same for key in entry["options"]})
+        differing = [key for key in keys if len({canonical_json(entry["options"].get(key)) for entry in same}) > 1]
+        for entry in same if differing else []:
+            options = [f"{key.removeprefix('train.')} {entry['options'].get(key)}" for key in differing]
+            entry["label"] = f"{name}, {', '.join(options)}"
     outside = [] if reference is None else [FinishedRun(reference)]
     bases = {run.plan.provenance.get("model") for run in (*runs, *outside)}
     if len(bases) > 1:
@@ -190,19 +193,6 @@ def write_report(
 
     write_html(report, page, _extras(runs, entries, output))
     return report
-
-
-def _label(entries: Sequence[dict[str, Any]]) -> None:
-    """Labels runs of one method and seed by the options they differ in."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault((entry["name"], entry["seed"]), []).append(entry)
-    for (name, _), same in groups.items():
-        keys = sorted({key for entry in same for key in entry["options"]})
-        differing = [key for key in keys if len({canonical_json(entry["options"].get(key)) for entry in same}) > 1]
-        for entry in same if differing else []:
-            options = [f"{key.removeprefix('train.')} {entry['options'].get(key)}" for key in differing]
-            entry["label"] = f"{name}, {', '.join(options)}"
 
 
 def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from keeptune.penalties.base import conclusions
 from keeptune.pipeline.cache import Stored
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.machine import release_memory
-from keeptune.pipeline.while_training import evaluations_of
-from keeptune.training.evaluations import evaluated
+from keeptune.pipeline.while_training import scores
+from keeptune.training.evaluations import Evaluations, evaluated
 from keeptune.training.guard import divergence
 from keeptune.training.trainer import STM, Beside, train
 
@@ -64,7 +64,10 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
     config = job.config(job.output / "checkpoints" / result.key[:12], model.dtype)
     tuned = install(model, plan, anchor=job.recipe.anchor)
     task = job.recipe.task
-    evaluations = evaluations_of(job, plan, tuned)
+    evaluations = None
+    if job.recipe.training.get("eval_strategy", "no") != "no":
+        score = scores(tuned, plan, job.tokenizer, job.recipe.evaluate, base=job.base, folder=job.output)
+        evaluations = Evaluations(score, job.recipe.stop_at_loss)
     beside = Beside(task.stm_threshold, evaluations)
     rows = train(tuned, plan, job.tokenizer, job.trained_examples, config, job.loss or "nll", beside)
     loss, scored = [row for row in rows if "loss" in row], evaluated(rows)

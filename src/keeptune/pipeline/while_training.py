@@ -20,8 +20,7 @@ from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import KeptAnswers, ModelPair, TwoModels
 from keeptune.evaluation.results import BenchmarkResult, trade_off
-from keeptune.pipeline.job import Job
-from keeptune.training.evaluations import FORGETTING, LEARNED, Evaluations
+from keeptune.training.evaluations import FORGETTING, LEARNED
 from keeptune.training.output_passes import at_start
 
 _BESIDE = ("modules_to_save", "trainable_token_indices")
@@ -43,14 +42,6 @@ class InTraining:
     def after(self) -> Any:
         """The transformers model inside, as it is."""
         return nullcontext(self.model.get_base_model())
-
-
-def evaluations_of(job: Job, plan: Plan, tuned: Any) -> Evaluations | None:
-    """Returns what is scored while an installed model trains; None where the recipe asks for nothing."""
-    if job.recipe.training.get("eval_strategy", "no") == "no":
-        return None
-    score = scores(tuned, plan, job.tokenizer, job.recipe.evaluate, base=job.base, folder=job.output)
-    return Evaluations(score, job.recipe.stop_at_loss)
 
 
 def scores(

@@ -72,7 +72,16 @@ def read_files(
         if (folder / "recipe.json").is_file() and (folder / "plan").is_dir():
             run = read_json(folder / "recipe.json")
     used, sets, task = [], [], None
-    for section in _sections(run.get("knowledge"), files):
+    known = run.get("knowledge") or []
+    sections = known if isinstance(known, list) else [known]
+    if files.knowledge is not None:
+        text = sections[0].get("text") if len(sections) == 1 else None
+        sections = [{"text": text, "file": resolve_file(files.knowledge)}]
+    if not sections:
+        _log.info("repair: no knowledge is named: the base writes its own")
+    for section in sections:
+        if "file" not in section:  # what a run's base wrote is written or read again
+            continue
         rows, part = _knowledge(section, files)
         used.append(Corpus("--knowledge", rows, part.read_texts))
         sets.append(part)
@@ -84,16 +93,6 @@ def read_files(
     for benchmark in benchmarks:
         refuse_used(used, benchmark)
     return tuple(sets) or None, task, benchmarks
-
-
-def _sections(own: Any, files: Files) -> list[Mapping[str, Any]]:
-    sections = own if isinstance(own, list) else [own] if own else []
-    if files.knowledge is not None:
-        text = sections[0].get("text") if len(sections) == 1 else None
-        return [{"text": text, "file": resolve_file(files.knowledge)}]
-    if not sections:
-        _log.info("repair: no knowledge is named: the base writes its own")
-    return [section for section in sections if "file" in section]  # what a run's base wrote is written or read again
 
 
 def _knowledge(section: Mapping[str, Any], files: Files) -> tuple[list[Row], LanguageExamples]:

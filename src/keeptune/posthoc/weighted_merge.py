@@ -89,7 +89,12 @@ def merge(
     found = [TrainedModel.of(str(source), base=base) for source in adapters]
     first, starts = found[0], list[FactoredModel]()
     for one in found:
-        start = _start(one, first)
+        wanted, start = f"an adapter for {first.base} (--base names one that two names stand for)", None
+        if one.is_adapter and (one.base == first.base or (one.folder / SIDECAR).is_file()):
+            start = FactoredModel.of(replace(one, base=first.base))
+            wanted = "LoRA of linear maps alone: lengths, biases, heads, embeddings and experts are not joined"
+        if start is None or start.changes.keys() != start.exact or start.dropped or start.head_values():
+            raise ModelError(str(one.folder), got=f"another, for {one.base}", wanted=wanted, next_step="Leave it out.")
         starts.append(replace(start, model=starts[0].model) if starts else start)  # one base is held
     scheme, changes = _joined([one.folder for one in found], first, options)
     apart = whole = 0.0
@@ -112,17 +117,6 @@ def merge(
     assert isinstance(tuned, PeftModel)
     done = export(tuned.eval(), plan, output, base=first.export_base, tokenizer=starts[0].tokenizer)
     return {"scheme": scheme, "distance": distance, "export": asdict(done)}
-
-
-def _start(one: TrainedModel, first: TrainedModel) -> FactoredModel:
-    """Returns the changes of an adapter of the first one's base; ModelError where it is more, or of another one."""
-    wanted = f"an adapter for {first.base} (--base names one that two names stand for)"
-    if one.is_adapter and (one.base == first.base or (one.folder / SIDECAR).is_file()):
-        start = FactoredModel.of(replace(one, base=first.base))
-        if start.changes.keys() == start.exact and not start.dropped and not start.head_values():
-            return start
-        wanted = "LoRA of linear maps alone: lengths, biases, heads, embeddings and experts are not joined"
-    raise ModelError(str(one.folder), got=f"another, for {one.base}", wanted=wanted, next_step="Leave it out.")
 
 
 def _joined(folders: Sequence[Path], first: TrainedModel, options: Merging) -> tuple[str, dict[str, LowRank]]:

@@ -144,19 +144,6 @@ class Recipe(Section):
         return dict(json.loads(canonical_json(self.model_dump(mode="json"))))
 
 
-def _check_evaluations(recipe: Recipe, where: str) -> None:
-    """Refuses evaluations while training that have nothing to evaluate."""
-    stop, evaluated = recipe.stop_at_loss is not None, recipe.training.get("eval_strategy", "no") != "no"
-    known = [one for one in recipe.evaluate if one.role == "knowledge" or not stop]
-    if (evaluated and not known) or (stop and not evaluated):
-        raise RecipeError(
-            f"{where}, key {'stop_at_loss' if stop else 'train.eval_strategy'}",
-            got=f"no benchmark{' of role knowledge' * stop} in `evaluate`" if evaluated else "train.eval_strategy: no",
-            wanted="evaluations while training, of one benchmark at least",
-            next_step="Add for example `evaluate: [{name: triviaqa, examples: 100}]`, with train.eval_strategy: steps.",
-        )
-
-
 class _Suite(Section):
     evaluate: list[BenchmarkEntry]
 
@@ -202,7 +189,15 @@ def make_recipe(values: Mapping[str, Any], *, folder: Path, where: str, fetch: F
         check_quantization(recipe.quantization)
     check_arguments(recipe.train, CONFIGS.get(recipe.task.kind, TrainingArguments))
     names = _check_names(recipe.evaluate, where)
-    _check_evaluations(recipe, where)
+    stop, evaluated = recipe.stop_at_loss is not None, recipe.training.get("eval_strategy", "no") != "no"
+    known = [one for one in recipe.evaluate if one.role == "knowledge" or not stop]
+    if (evaluated and not known) or (stop and not evaluated):
+        raise RecipeError(
+            f"{where}, key {'stop_at_loss' if stop else 'train.eval_strategy'}",
+            got=f"no benchmark{' of role knowledge' * stop} in `evaluate`" if evaluated else "train.eval_strategy: no",
+            wanted="evaluations while training, of one benchmark at least",
+            next_step="Add for example `evaluate: [{name: triviaqa, examples: 100}]`, with train.eval_strategy: steps.",
+        )
     if recipe.published is not None:
         recipe.published.check_scores(names, where)
     return recipe

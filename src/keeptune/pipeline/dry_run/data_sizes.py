@@ -81,18 +81,11 @@ def _file(what: str, name: str) -> Need:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Texts that statistics are taken over.
+    """Texts that statistics are taken over."""
 
-    Args:
-        texts: How many.
-        mean: Tokens of a text, a mean where ``measured``, else the most there can be.
-        longest: Tokens of the longest.
-        measured: Whether they were counted.
-    """
-
-    texts: int
-    mean: float
-    longest: int
+    texts: int  # how many
+    mean: float  # tokens of a text: a mean where ``measured``, else the most there can be
+    longest: int  # tokens of the longest
     measured: bool
 
 
