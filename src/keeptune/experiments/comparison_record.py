@@ -194,13 +194,9 @@ def write_records(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Writes ``runs.json``, ``runs.parquet`` and ``front.json``, each whole or not at all, and returns both JSONs.
 
-    Args:
-        output: The comparison's folder.
-        rows: From :func:`row_of`, of every run, finished or not, in the order to show them.
-        section: What the recipe says.
-        baseline: The label that the others are compared with; None takes ``lora`` where it is one.
-        reference: Run folder of full fine-tuning outside the comparison, for T.
-        about: More keys of ``runs.json``: ``base``, ``command``, ``recipe``, a sweep's ``axis`` and ``grid``, ...
+    Rows are from :func:`row_of`, of every run, finished or not, in the order to show them. The others are compared with
+    the label ``baseline``, by default ``lora`` if it is one; ``reference`` is a run folder of full fine-tuning, for T;
+    ``about`` are more keys of ``runs.json``.
 
     Raises:
         RecipeError: The axes or the baseline that the recipe names do not exist.

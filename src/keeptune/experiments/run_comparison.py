@@ -24,12 +24,8 @@ from keeptune.report.pages.sweep_charts import benefit_charts, sweep_charts, swe
 class Compared:
     """The results of a comparison.
 
-    Args:
-        runs: ``runs.json``.
-        front: ``front.json``.
-        failed: The messages of runs that failed, by name.
-        series: The finished runs as points of a sweep, as its tables and figures read them.
-        figure: That of a sweep.
+    ``runs.json`` and ``front.json``, the messages of runs that failed by name, the finished runs as points of a sweep
+    (``series``), as its tables and figures read them, and the sweep's figure.
     """
 
     runs: dict[str, Any]

@@ -41,12 +41,8 @@ _CHANGE_NO_RESULT = ("output", "store", "store_limit", "device", "memory")
 class RunTask:
     """A run as a worker gets it.
 
-    Args:
-        key: Of all that its result depends on.
-        base: Fingerprint of the base.
-        shared: The comparison's folder, where the base's answers are.
-        threads: How many threads it may use; None leaves torch's setting.
-        variants: The post-hoc variants of its result.
+    The ``key`` is of all that its result depends on, ``base`` the base's fingerprint, whose answers are ``shared`` in
+    the comparison's folder; ``threads`` of None leaves torch's setting.
     """
 
     name: str

@@ -25,12 +25,8 @@ class Bar:
 class Cell:
     """A cell of a table.
 
-    Args:
-        main: Its text.
-        note: What stands below it, may be empty.
-        index: Of the label whose mark stands before it.
-        bar: What shows a change, before the text.
-        kind: Its class in the style sheet: ``path`` for long texts, or ``bar``.
+    A ``note`` stands below its text, the mark of the label with the ``index`` and a ``bar`` before it; ``kind`` is its
+    class in the style sheet: ``path`` for long texts, or ``bar``.
     """
 
     main: str

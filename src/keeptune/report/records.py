@@ -84,10 +84,7 @@ class Benchmark(_Record):
 class Curve(_Record):
     """Numbers behind a decision, all of them or some: points of a curve, or means over ranges of it.
 
-    Args:
-        values: The numbers.
-        at: Their places; of means, where each range begins.
-        size: How many numbers the whole has.
+    They are ``at`` places, of means where each range begins, of a whole of ``size`` numbers.
     """
 
     values: tuple[Number, ...] = Field(default=(), validation_alias=AliasChoices("values", "means"))

@@ -80,10 +80,8 @@ def measures(
 
     The score of a task is the mean over its benchmarks (by ``stage``) that are shares, not nats per token.
 
-    Args:
-        stages: Names of the stages.
-        benchmarks: Each with ``metric`` and ``stage``, whose task it measures.
-        scores: ``(T + 1, benchmarks)``; the first row is the base, None is not a number.
+    Benchmarks have ``metric`` and ``stage``, whose task they measure; scores are ``(T + 1, benchmarks)``, the first row
+    the base, None is not a number.
 
     Returns:
         The four measures, ``forgetting_of_each`` stage, the ``course`` over the tasks seen after each stage, and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 
 from keeptune.core.intervals import lower_is_better
 from keeptune.core.versions import versions
-from keeptune.report.numbers import change_text, count, duration, interval_text, markdown, number
+from keeptune.report.numbers import change_text, count, duration, interval_text, markdown
 from keeptune.report.pages.page import environment, recipe_text
 from keeptune.report.pages.verdict import verdict
 from keeptune.report.tables.comparison_table import comparison_rows
@@ -32,13 +32,14 @@ def model_card(entry: Mapping[str, Any], sidecar: Mapping[str, Any], recipe: Map
     given |= {"quantization_config": dict(sidecar["quantization"])} if sidecar.get("quantization") else {}
     shown = environment(autoescape=False)
     shown.filters |= {"markdown": markdown, "code": _code, "fenced": _fenced, "repr": repr}
+    shown.filters |= {"lower": lower_is_better, "change": change_text, "interval": interval_text}
     text = shown.get_template("card.md.j2").render(
         matter=yaml.safe_dump(_front_matter(entry, sidecar, name), sort_keys=False, allow_unicode=True),
         name=name,
         base=str(sidecar["base"]),
         method=entry["name"],
         said=markdown(verdict({"base": "", "methods": [dict(entry) | {"label": "It"}]})) if entry["benchmarks"] else "",
-        rows=list(_rows(entry)),
+        found=comparison_rows({"base": "", "methods": [entry]})[0],
         kept=entry["K"],
         options={key: value for key, value in entry.get("options", {}).items() if value is not None},
         trained=None if entry.get("trained_parameters") is None else count(entry["trained_parameters"]),
@@ -79,15 +80,6 @@ def _front_matter(entry: Mapping[str, Any], sidecar: Mapping[str, Any], name: st
         if item["after"] is not None and math.isfinite(item["after"])
     ]
     return matter | ({"model-index": [{"name": name, "results": results}]} if results else {})
-
-
-def _rows(entry: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    (found,) = comparison_rows({"base": "", "methods": [entry]})
-    for role in ("knowledge", "task"):
-        for name, own in found[role].items():
-            nats = lower_is_better(own["metric"])
-            scores = (number(own["before"]), number(own["after"]), change_text(own["change"], nats))
-            yield name, role, str(own["n"]), *scores, interval_text(own["low"], own["high"], nats) or "–"
 
 
 def _fenced(text: str, language: str) -> str:

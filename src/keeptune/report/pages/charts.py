@@ -36,11 +36,8 @@ Ends = Sequence[tuple[float, float]]
 class Chart:
     """A figure on the page.
 
-    Args:
-        alt: What it shows, for who cannot see it.
-        height: Pixels.
-        labels: Legend groups to choose one of, where the page offers that.
-        caption: What stands above it; None repeats ``alt``.
+    ``alt`` says what it shows, for who cannot see it, and stands above it unless there is a ``caption``; ``labels`` are
+    legend groups to choose one of; the height is in pixels.
     """
 
     name: str

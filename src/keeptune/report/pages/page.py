@@ -45,12 +45,9 @@ def plotly_source() -> str:
 def render(template: str, charts: Sequence[Chart | None], base: object, changed: Any = None, **values: Any) -> str:
     """Returns a page; the same values always give the same text.
 
-    Args:
-        template: Its file in ``templates``, which extends ``base.html.j2``.
-        charts: All figures that the template places, each with a name of its own; None is left out.
-        base: The base model.
-        changed: The items to search, as from :func:`keeptune.report.pages.item_rows.lost_and_gained`.
-        values: What the template prints besides; everything is escaped.
+    A template extends ``base.html.j2``, prints the values, all escaped, and places the charts, each with a name of its
+    own (None is left out). ``changed`` are the items to search, as from
+    :func:`keeptune.report.pages.item_rows.lost_and_gained`.
     """
     from plotly.utils import PlotlyJSONEncoder
 
