@@ -32,6 +32,11 @@ class L2Lora(L2Options, LoraStart):
 
     layers: Layers = "cubic"
 
+    @classmethod
+    def as_paper(cls, strength: float, *, rank: int = 32, layers: Layers = "cubic") -> L2Lora:
+        """Returns eq. 7 as it is written, with the paper's rank; the paper does not give ``strength``, its eta."""
+        return cls(rank=rank, strength=strength, layers=layers, unit="absolute")
+
     def penalties(self) -> tuple[L2]:
         """Returns (7)."""
         return (L2.of(self),)
