@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import typer
 from transformers import LlamaForCausalLM
 
 from keeptune.cli.compare import run_and_show
+from keeptune.cli.shared import Ended
 from keeptune.core import processes
 from keeptune.core.errors import DataError
 from keeptune.core.processes import by_first, gathered, is_first, joined, met_by_all, rank
@@ -53,11 +53,8 @@ def _raised() -> str:
 
 
 def _code(recipe: Path) -> int:
-    try:
-        run_and_show(load_comparison(recipe))
-    except typer.Exit as ended:
-        return ended.exit_code
-    return 0
+    shown = run_and_show(load_comparison(recipe))
+    return int(shown.code) if isinstance(shown, Ended) else 0
 
 
 def work(folder: Path, adapter: Path) -> None:

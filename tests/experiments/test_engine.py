@@ -111,7 +111,7 @@ def test_runs_go_to_both_nodes_a_failing_one_is_reported_and_finished_ones_are_n
     assert {name: outcome.status for name, outcome in again.items()} == statuses
     assert {name for name, outcome in again.items() if outcome.seconds} == failed, "failed runs are tried again"
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    monkeypatch.setattr(engine, "_run_each", no_workers)
+    monkeypatch.setattr(engine, "_on_ray", no_workers)
     done = run_all(comparison, [spec for spec in specs if spec.name not in failed])
     assert all(outcome.status == "done" for outcome in done.values())
     with pytest.raises(AssertionError, match="workers were started"):

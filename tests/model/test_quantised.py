@@ -100,7 +100,7 @@ def test_numbers_that_are_not_finite_are_found(saved: Saved, part: str) -> None:
         ({}, r"quantization\.quant_method: got nothing"),
         ({"quant_method": "gptx"}, 'Did you mean "gptq"'),
         ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, 'Did you mean "bnb_4bit_quant_type"'),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "got nf5, wanted nf4 or fp4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, 'got "nf5", wanted nf4 or fp4'),
         ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat17"}, "bfloat17"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "only one can be used"),
         ({"load_in_4bit": "yes"}, "boolean"),

@@ -75,6 +75,7 @@ def _command(question: Mapping[str, Any]) -> None:
     from keeptune.cli.main import main
 
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     os.chdir(question["folder"])
     file = os.open(question["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):

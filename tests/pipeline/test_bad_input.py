@@ -371,7 +371,7 @@ def test_adapter_folders_that_hold_no_adapter(
         (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         torch.save({}, adapter / "adapter_model.bin")
     assert_told(command("--adapter", adapter, name="evaluate"), f"adapter {adapter}")
-    assert_told(keeptune("merge", adapter, tmp_path / "merged", capsys=capsys), f"adapter {adapter}")
+    assert_told(keeptune("merge", adapter, tmp_path / "merged", capsys=capsys), str(adapter))
 
 
 def test_stages_that_are_not_finished(

@@ -313,7 +313,7 @@ def test_keys_of_another_kind(make: Make, task: dict[str, Any], words: list[str]
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"answer": "{sentence}"}, DataError, ["evaluate.accuracy row 1", "the label", "person plays instrument"]),
+        ({"answer": "{sentence}"}, DataError, ["evaluate.accuracy row 1", "wanted a label", "person plays instrument"]),
         ({"metric": "pearson"}, DataError, ["row 1", "the score"]),
         ({"metric": "pearson", "answer": "{length}"}, RecipeError, ["pearson for task.kind classification", "f1"]),
         ({"role": "knowledge"}, RecipeError, ["evaluate.accuracy.role", "wanted task", "not measured"]),

@@ -99,7 +99,8 @@ def need_known(
 ) -> None:
     """Raises an error where a name is not among those known; the message shows the nearest."""
     if name not in known:
-        raise error(where, got=f'"{name}"', wanted=wanted, next_step=nearest(str(name), known))
+        got = "nothing" if name is None else f'"{name}"'
+        raise error(where, got=got, wanted=wanted, next_step=nearest(str(name or ""), known))
 
 
 def not_there(where: str, kind: str, wanted: str, error: type[KeeptuneError]) -> KeeptuneError:

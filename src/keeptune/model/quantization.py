@@ -40,7 +40,7 @@ def check_quantization(fields: Mapping[str, Any]) -> None:
     """
     kind = _kind(fields)
     wanted = "load_in_4bit: true, load_in_8bit: true, or a quant_method that Transformers knows"
-    need_known(kind or "nothing", AUTO_QUANTIZATION_CONFIG_MAPPING, f"{_KEY}.quant_method", wanted)
+    need_known(kind, AUTO_QUANTIZATION_CONFIG_MAPPING, f"{_KEY}.quant_method", wanted)
     known, wanted = _known(kind), f"a field of Transformers' {AUTO_QUANTIZATION_CONFIG_MAPPING[kind].__name__}"
     for key in sorted(fields.keys() - {"quant_method"}):
         need_known(key, known, f"{_KEY}.{key}", wanted)
