@@ -32,7 +32,7 @@ CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short exa
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
 a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is.
-Records name the commit: keep, 0.005 was run before the defaults were chosen (0.01, and how often it is held).
+Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
@@ -43,7 +43,7 @@ per token, the share that a token's probability has lost; negative where a score
 benchmarks; ± is half of its interval, which takes the benchmarks as independent. *KL*: nats per token from the base to
 the tuned model on texts that the base wrote with another seed, the mean of plain texts and chats. *Plan*: its processor
 seconds (the base's texts were written before); *time*: those of training over the mean of LoRA's; a machine that others
-use made both vary. One seed, few hundred items: differences within the intervals are noise.
+use made both vary. Mostly one seed, few hundred items: differences within the intervals are noise.
 
 ![What each row forgot on average](real/real.png)
 
@@ -57,7 +57,7 @@ def write_page(out: Path) -> None:
     rows = [row for row in rows if row["v"] == max(row["v"] for row in rows)]
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     steps = max(row["recipe"]["train"]["max_steps"] for row in rows)
-    parts = [_HEAD.format(cells=len(rows), seeds=f"seed {seeds}", steps=steps)]
+    parts = [_HEAD.format(cells=len(rows), seeds=f"seeds {seeds}", steps=steps)]
     for (model, task), some in groups(rows).items():
         parts.append(
             f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}{predicted(some)}"
@@ -179,8 +179,8 @@ def matched(rows: Sequence[Row]) -> str:
         losses = [(*forgotten(row), *forgotten(best))]
         losses += [(*lost(row["scores"][name]), *lost(best["scores"][name])) for name in KEPT]
         shares = [f"{own / all_:.0%} ± {half / all_:.0%}" if all_ > noise else "-" for own, half, all_, noise in losses]
-        lines.append(line(row["entry"], against(*(one["scores"][one["task"]] for one in (row, best))), *shares))
-    if less := [f"{row['entry']} ({abs(learned(row)):.3f})" for row in rows if row not in near]:
+        lines.append(line(label(row), against(*(one["scores"][one["task"]] for one in (row, best))), *shares))
+    if less := [f"{label(row)} ({abs(learned(row)):.3f})" for row in rows if row not in near]:
         lines.append(f"\nThese learned less: {', '.join(less)}.")
     return "\n".join(lines) + "\n"
 
