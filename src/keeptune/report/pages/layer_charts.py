@@ -146,7 +146,7 @@ def _measured(key: str, label: str, run: Run) -> Chart:
     lines = []
     for index, (field, name) in enumerate(names.items()):
         points = [(row.step, value) for row in run.penalised if (value := getattr(row, field)) is not None]
-        mode = "markers" if field == "kl_held_out" else "lines"
+        mode = "markers" if field == "kl_held_out" else "lines+markers" if len(points) < _BINS else "lines"
         lines += [scatter(name, *thin(points), mark(index), mode)] if points else []
     figure = figure_of(lines, axis("training step"), axis("KL to the base, nats per token", rangemode="tozero"))
     return Chart(key, f"What the texts to be kept lose while training: {label}", figure, 330)
