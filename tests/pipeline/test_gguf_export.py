@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,6 +86,7 @@ def test_a_served_run_answers_as_it_was_trained(form: str, base: Path, recipe_va
 
 @needs_server
 @pytest.mark.real
+@pytest.mark.skipif("KEEPTUNE_MODELS" not in os.environ, reason="a minute: set KEEPTUNE_MODELS to a folder of models")
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_smollm2_answers_on_its_own_file_as_in_peft(smollm2_file: Path, tmp_path: Path) -> None:
     from studies.served import measured
