@@ -170,7 +170,9 @@ def test_it_leaves_an_adapter_that_was_checked_and_a_report(tmp_path: Path) -> N
     out = tmp_path / "keeptune"
     report = read_json(out / "report.json")
     (entry,), (scored,) = report["methods"], report["methods"][0]["benchmarks"]
-    assert entry["method"] == "keep" and entry["trained_parameters"] == sum(p.numel() for p in factors(made).values())
+    assert entry["name"] == entry["method"] == "keep" and entry["trained_parameters"] == sum(
+        p.numel() for p in factors(made).values()
+    )
     assert entry["loss"][-1]["held_out/kl"] == [r for r in curve(made) if "held_out/kl" in r][0]["held_out/kl"]
     assert scored["before"] != scored["after"]
     assert entry["export_relative_gap"] < 1e-4

@@ -20,8 +20,10 @@ from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.model.pretrained import load_model
 from keeptune.penalties.base import conclusions
+from keeptune.pipeline.planning import penalties_of
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.scoring import result_fingerprint, score
+from keeptune.recipe.schema import make_method
 from keeptune.training.evaluations import Evaluations, evaluated
 from keeptune.training.guard import divergence
 from keeptune.training.trainer import loss_curve
@@ -67,7 +69,8 @@ def write_result(
     name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     recipe: dict[str, Any] = {"trainer": name, "model": base.name, "task": {}, "evaluate": list(benchmarks)}
     recipe["method"] = {"name": plan.method, **plan.options}
-    recipe["penalties"] = [{"name": made.name, **made.options} for made in plan.penalties]
+    own = len(penalties_of(make_method(recipe["method"], seed=0)))  # the method's, which stand first
+    recipe["penalties"] = [{"name": made.name, **made.options} for made in plan.penalties[own:]]
     write_json(output / "trained" / "train.json", record)
     write_json(folder / "export.json", {"train": record["key"], **asdict(done)})
     write_json(output / "recipe.json", recipe)
