@@ -119,11 +119,11 @@ def test_global_selections_may_leave_blocks_out(recipe_values: Values) -> None:
 @pytest.mark.parametrize(
     ("words", "mark"),
     [
-        (["--q", "0"], "leaves no row"),
-        (["--q", "101"], "--q"),
+        (["--q", "0"], "per cent"),
+        (["--q", "101"], "per cent"),
         (["--q", "1"], "leaves no row"),
         (["--over", "globe"], '"global"'),
-        (["--draws", "-1"], "--draws"),
+        (["--draws", "-1"], "0 or more"),
         (["--knowledge", "null"], "knowledge"),
         (["--evaluate", "[]"], "role knowledge"),
         (["--model", "nowhere/there"], "nowhere/there"),
@@ -194,7 +194,7 @@ def test_overlap_of_two_data_sets(
         (["--first", "release"], "the same"),
         (["--first", "papper"], '"paper"'),
         (["--second", "0"], "number of examples"),
-        (["--first", "paper", "--q", "200"], "--q"),
+        (["--first", "paper", "--q", "200"], "per cent"),
         (["--first", "paper", "--knowledge", "null"], "knowledge"),
     ],
 )

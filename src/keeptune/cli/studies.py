@@ -72,11 +72,11 @@ def curvature(
 def suppress(
     context: typer.Context,
     recipe: RecipeFile,
-    q: Annotated[float, typer.Option(min=0, max=100, help="Per cent of the nodes.")] = 1.0,
+    q: Annotated[float, typer.Option(help="Per cent of the nodes.")] = 1.0,
     over: Annotated[
         str, typer.Option(help="layer-balanced: as many of each block; global: of all blocks together.")
     ] = "layer-balanced",
-    draws: Annotated[int, typer.Option(min=0, help="How many random selections of the same size, the control.")] = 3,
+    draws: Annotated[int, typer.Option(help="How many random selections of the same size, the control.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the first random selection.")] = 0,
 ) -> Any:
     """Score the base without the nodes that attribution finds highest, or lowest, or as many others (LoKI Table 5a)."""
@@ -102,9 +102,7 @@ def overlap(
         ),
     ] = "",
     second: Annotated[str, typer.Option(help="The same for what it is compared with, such as current,50.")] = "",
-    q: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Per cent of the nodes; default: the recipe's, or 10.")
-    ] = None,
+    q: Annotated[float | None, typer.Option(help="Per cent of the nodes; default: the recipe's, or 10.")] = None,
 ) -> Any:
     """Compare the rows that two presets, selections, numbers of examples or data sets select (LoKI's 97.57%)."""
     from keeptune.report.tables.analyses import print_overlap

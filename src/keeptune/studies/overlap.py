@@ -59,6 +59,13 @@ def side_of(words: str, job: Job, option: str) -> Side:
     return dataclasses.replace(attribution, examples=examples), where
 
 
+def check_share(q: float) -> None:
+    """Raises RecipeError unless a share of the nodes, in per cent, is in its range."""
+    if not 0 < q <= 100:
+        wanted = "above 0 and at most 100: per cent of the nodes"
+        raise RecipeError("--q", got=f"{q:g}", wanted=wanted, next_step="Example: --q 1")
+
+
 def attributions_of(job: Job, request: NeuronAttribution) -> Attributions:
     """Attributes the nodes of a recipe's base over its knowledge; what the store has is not computed again.
 
@@ -140,7 +147,7 @@ def overlap(
         with ``overlap.png``.
 
     Raises:
-        RecipeError: Both sides are the same, or a word is unknown.
+        RecipeError: Both sides are the same, a word is unknown, or ``q`` is out of range.
         ModelError: The recipes are of different bases.
         KeeptuneError: The model or the data cannot be attributed.
     """
@@ -148,6 +155,7 @@ def overlap(
     for job in jobs if other is not None else jobs[:1]:
         job.check()
     q = loki_of(jobs[0]).q if q is None else q
+    check_share(q)
     sides = [side_of(first, jobs[0], "--first"), side_of(second, jobs[1], "--second")]
     _check_sides(jobs, sides, same_recipe=other is None)
     known = [attributions_of(job, attribution) for job, (attribution, _) in zip(jobs, sides, strict=True)]

@@ -30,7 +30,7 @@ from keeptune.report.pages.study_charts import density_charts
 from keeptune.report.pages.sweep_charts import sweep_charts, sweep_note
 from keeptune.statistics.neuron_attribution import layer_profile
 from keeptune.studies.figure_files import write_figure_files
-from keeptune.studies.overlap import Where, attributions_of, chosen_rows, density, loki_of
+from keeptune.studies.overlap import Where, attributions_of, check_share, chosen_rows, density, loki_of
 
 Over = Literal["layer-balanced", "global"]
 
@@ -60,7 +60,7 @@ def suppress(
         KeeptuneError: The model or the data cannot be attributed or scored.
     """
     job = Job(recipe)
-    _check(job, over)
+    _check(job, q, over, draws)
     request = loki_of(job).attribution
     attributions = attributions_of(job, request)
     whole = over == "global"
@@ -99,7 +99,10 @@ def suppress(
     return record | {"folder": str(folder)}
 
 
-def _check(job: Job, over: str) -> None:
+def _check(job: Job, q: float, over: str, draws: int) -> None:
+    check_share(q)
+    if draws < 0:
+        raise RecipeError("--draws", got=str(draws), wanted="0 or more", next_step="Example: --draws 3")
     need_known(over, get_args(Over), "--over", " or ".join(get_args(Over)))
     job.check()
     if not any(benchmark.role == "knowledge" for benchmark in job.recipe.evaluate):
