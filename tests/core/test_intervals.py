@@ -34,13 +34,14 @@ def test_scattered_seeds_widen_the_interval() -> None:
 def test_without_item_intervals_the_seeds_alone_count() -> None:
     estimate = mean_of_seeds([1.0, 2.0, 3.0])
     assert estimate is not None
+    assert estimate.sd == 1.0
     assert (estimate.low, estimate.high) == (2 - t_half_width([1, 2, 3]), 2 + t_half_width([1, 2, 3]))
 
 
 def test_without_a_value_there_is_no_estimate_and_with_one_no_interval() -> None:
     assert combine([]) is None and mean_of_seeds([math.nan]) is None
     single = mean_of_seeds([2.0])
-    assert single is not None and not single.has_interval
+    assert single is not None and not single.has_interval and math.isnan(single.sd)
 
 
 def test_above_means_that_the_intervals_do_not_overlap() -> None:
