@@ -26,7 +26,7 @@ from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.model_pairs import SIDES, Side
 from keeptune.evaluation.results import BenchmarkResult, mean_scores
 from keeptune.evaluation.standard.entry import NamedBenchmark
-from keeptune.evaluation.standard.language_model import fit_length, restored_process
+from keeptune.evaluation.standard.language_model import INSTALL, fit_length, restored_process
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 from keeptune.evaluation.standard.score import compared, records_of, samples_of
 
@@ -131,8 +131,8 @@ def score_served(
         from requests import RequestException
 
         if find_spec("tenacity") is None:
-            step = 'Run `pip install "keeptune[benchmarks]"`.'
-            raise RecipeError(where, got="lm-eval without tenacity", wanted="what asks a server again", next_step=step)
+            wanted, step = "what asks a server again", f"Run `{INSTALL}`."
+            raise RecipeError(where, got="lm-eval without tenacity", wanted=wanted, next_step=step)
         try:
             with mock.patch.object(api_models, "tqdm", partial(tqdm, disable=None)):  # bars where a person sees them
                 if isinstance(benchmark, NamedBenchmark):
