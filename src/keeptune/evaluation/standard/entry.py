@@ -1,4 +1,4 @@
-"""An entry of ``evaluate`` that names a standard benchmark, and the table of them: task, metric, shots, scorings.
+"""An entry of ``evaluate`` that names a standard benchmark, and the table of them, from ``benchmarks.yaml``.
 
 The default of every benchmark is lm-eval's task as it stands: prompt, shots and scoring. ``scoring`` names a departure:
 another of the task's own metrics, or the protocol of a paper's scripts (:mod:`keeptune.evaluation.standard.protocols`).
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from pydantic import TypeAdapter
 
 from keeptune.core.errors import RecipeError, nearest
 from keeptune.core.options import Range
@@ -29,97 +33,23 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableRow:
-    """A benchmark of the table."""
+    """A benchmark of the table, ``benchmarks.yaml``."""
 
     task: str  # lm-eval's task or group
-    folders: tuple[str, ...]  # where lm-eval keeps it, below its tasks; none where the task is ours
+    folders: tuple[str, ...] = ()  # where lm-eval keeps it, below its tasks; none where the task is ours
     role: Role = "knowledge"  # unless the recipe names one
     items: int | None = None  # of the split that is scored on the hub; None where it is not known
     scorings: Mapping[str, Scoring] = field(default_factory=dict)  # by name; ``standard`` is lm-eval's
     content: tuple[str, ...] = ("question",)  # fields of an item that together identify it, to find it in other data
     code: bool = False  # answers are programs, which are run
     hub: bool = True  # lm-eval can fetch it; else its data must be named
+    fields: tuple[str, ...] = ()  # of local data, which are kept; none where rows have several forms, or any
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of local data, by split
 
 
-_ACCURACY, _PER_CHARACTER = Scoring("accuracy", "acc,none"), Scoring("accuracy_norm", "acc_norm,none")
-_F1, _MATTHEWS = Scoring("f1", "f1,none"), Scoring("matthews", "mcc,none")
-_BITS = Scoring("cross_entropy", "bits_per_byte,none")
-_QUESTION = ("question", "choices")
-_ADAPTERS = {"llm-adapters": Scoring("exact_match", protocol="llm-adapters")}
-_ANSWERS = {STANDARD: Scoring("exact_match", "exact_match,remove_whitespace")}
-_CHOICES = {STANDARD: _ACCURACY}
-_NORMED = {STANDARD: _PER_CHARACTER, "plain": _ACCURACY, **_ADAPTERS}
-_PROGRAMS = {STANDARD: Scoring("pass_at_1"), "bigcode": Scoring("pass_at_1", protocol="bigcode")}
-_METAMATH = {"metamath": Scoring("exact_match", protocol="metamath")}
-_WEBQS = {
-    STANDARD: Scoring("exact_match", "exact_match,none"),
-    "generated": Scoring("exact_match", protocol="generated"),
-}
-_GSM8K = {
-    STANDARD: Scoring("exact_match", "exact_match,strict-match"),
-    "flexible": Scoring("exact_match", "exact_match,flexible-extract"),
-    "peft": Scoring("exact_match", protocol="peft"),
-    **_METAMATH,
-}
-_MATH = {
-    STANDARD: Scoring("exact_match", "exact_match,none"),
-    "verify": Scoring("exact_match", "math_verify,none"),
-    **_METAMATH,
-}
-_IFEVAL = {
-    STANDARD: Scoring("prompts_followed", "prompt_level_strict_acc,none"),
-    "prompt-loose": Scoring("prompts_followed", "prompt_level_loose_acc,none"),
-    "instruction-strict": Scoring("instructions_followed", "inst_level_strict_acc,none"),
-    "instruction-loose": Scoring("instructions_followed", "inst_level_loose_acc,none"),
-}
-
-
-def _row(
-    task: str, items: int, scorings: Mapping[str, Scoring], *content: str, folders: tuple[str, ...] = (), **more: Any
-) -> TableRow:
-    content = content or ("question",)
-    return TableRow(task=task, folders=folders or (task,), items=items, scorings=scorings, content=content, **more)
-
-
-def _glue(task: str, items: int, *content: str, standard: Scoring = _ACCURACY, f1: bool = False) -> TableRow:
-    scorings = {STANDARD: standard} | ({"f1": _F1} if f1 else {})
-    return _row(task, items, scorings, *content, folders=(f"glue/{task.partition('_')[0]}",), role="task")
-
-
-def _texts(task: str) -> TableRow:
-    return TableRow(task=task, folders=(), scorings={STANDARD: _BITS}, content=("text",), hub=False)
-
-
-NAMES: Mapping[str, TableRow] = {
-    "triviaqa": _row("triviaqa", 17_944, _ANSWERS),
-    "nq_open": _row("nq_open", 3_610, _ANSWERS),
-    "efficientqa": TableRow(task="nq_open", folders=("nq_open",), scorings=_ANSWERS, hub=False),
-    "webqs": _row("webqs", 2_032, _WEBQS),
-    "mmlu": _row("mmlu", 14_042, _CHOICES, *_QUESTION, folders=("mmlu/default",)),
-    "hellaswag": _row("hellaswag", 10_042, _NORMED, "ctx", "endings"),
-    "winogrande": _row("winogrande", 1_267, _CHOICES | _ADAPTERS, "sentence", "option1", "option2"),
-    "arc_easy": _row("arc_easy", 2_376, _NORMED, *_QUESTION, folders=("arc",)),
-    "arc_challenge": _row("arc_challenge", 1_172, _NORMED, *_QUESTION, folders=("arc",)),
-    "piqa": _row("piqa", 1_838, _NORMED, "goal", "sol1", "sol2"),
-    "boolq": _row("boolq", 3_270, _CHOICES | _ADAPTERS, folders=("super_glue/boolq",)),
-    "openbookqa": _row("openbookqa", 500, _NORMED, "question_stem", "choices"),
-    "gsm8k": _row("gsm8k", 1_319, _GSM8K, role="task"),
-    "math": _row("minerva_math", 5_000, _MATH, "problem", folders=("minerva_math", "benchmarks"), role="task"),
-    "humaneval": _row("humaneval", 164, _PROGRAMS, "prompt", role="task", code=True),
-    "mbpp": _row("mbpp", 500, _PROGRAMS, "text", "code", role="task", code=True),
-    "ifeval": _row("ifeval", 541, _IFEVAL, "prompt", role="task"),
-    "cola": _glue("cola", 1_043, "sentence", standard=_MATTHEWS),
-    "mnli": _glue("mnli", 9_815, "premise", "hypothesis"),
-    "mnli_mismatch": _glue("mnli_mismatch", 9_832, "premise", "hypothesis"),
-    "mrpc": _glue("mrpc", 408, "sentence1", "sentence2", f1=True),
-    "qnli": _glue("qnli", 5_463, "question", "sentence"),
-    "qqp": _glue("qqp", 40_430, "question1", "question2", f1=True),
-    "rte": _glue("rte", 277, "sentence1", "sentence2"),
-    "sst2": _glue("sst2", 872, "sentence"),
-    "wnli": _glue("wnli", 71, "sentence1", "sentence2"),
-    "tinystories": _texts("tinystories"),
-    "c4_text": _texts("c4_text"),
-}
+NAMES: Mapping[str, TableRow] = TypeAdapter(dict[str, TableRow]).validate_python(
+    yaml.safe_load(Path(__file__).with_name("benchmarks.yaml").read_text("utf-8"))["benchmarks"]
+)
 
 
 def table_row(name: str, task: str | None, *, where: str) -> TableRow | None:

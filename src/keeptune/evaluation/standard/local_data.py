@@ -13,6 +13,7 @@ from pathlib import Path
 
 from keeptune.core.errors import DataError
 from keeptune.data.sources import Row, read_jsonl
+from keeptune.evaluation.standard.entry import NAMES
 from keeptune.evaluation.standard.sandbox import MBPP_EXAMPLES
 
 _LETTERS = "ABCDEFGH"
@@ -23,30 +24,6 @@ _TRUE_OR_FALSE = re.compile(
     r"Please answer the following question with true or false, question: (.*)\n\nAnswer format: true/false\Z",
     re.DOTALL,
 )
-# Of each benchmark, the split of lm-eval's task and the names of files that hold it, of which the first that exists
-# counts. A split that is not here is in ``<split>.jsonl``.
-_FILES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "nq_open": {"validation": ("validation.jsonl", "dev.jsonl")},
-    "efficientqa": {"validation": ("efficientqa_dev.jsonl",)},
-    "mmlu": {"test": ("test.jsonl", "test_*.jsonl")},
-    **{
-        name: {split: (f"{prefix}.{split}.jsonl", f"{split}.jsonl") for split in ("test", "train")}
-        for name, prefix in (
-            ("arc_easy", "ARC-Easy"),
-            ("arc_challenge", "ARC-Challenge"),
-            ("openbookqa", "openbookqa"),
-        )
-    },
-    "boolq": {
-        "validation": ("boolq.test.jsonl", "validation.jsonl", "dev.jsonl"),
-        "train": ("boolq.train.jsonl", "train.jsonl"),
-    },
-    "humaneval": {"test": ("HumanEval.jsonl", "test.jsonl")},
-    "mbpp": {"test": ("mbpp.jsonl", "test.jsonl"), "prompt": ("mbpp.jsonl", "prompt.jsonl")},
-    "ifeval": {"train": ("prompts.jsonl", "train.jsonl")},
-    "tinystories": {"test": ("stories.jsonl", "test.jsonl")},
-    "c4_text": {"test": ("c4.jsonl", "test.jsonl")},
-}
 # The official split by task_id.
 _MBPP: Mapping[str, Sequence[int]] = {"prompt": MBPP_EXAMPLES, "test": range(11, 511)}
 
@@ -78,7 +55,8 @@ def files_of(name: str, data: Path, splits: Sequence[str], *, where: str) -> dic
 
 
 def _names(name: str, split: str) -> tuple[str, ...]:
-    return _FILES.get(name, {}).get(split, (f"{split}.jsonl",))
+    row = NAMES.get(name)
+    return (row.files if row else {}).get(split, (f"{split}.jsonl",))
 
 
 def local_rows(name: str, split: str, path: Path, *, where: str) -> list[Row]:
@@ -87,14 +65,15 @@ def local_rows(name: str, split: str, path: Path, *, where: str) -> list[Row]:
     Raises:
         DataError: The file cannot be read, or a row is in none of the forms.
     """
-    read = _READERS.get(name, dict)
+    table = NAMES.get(name)
+    kept, read = table.fields if table else (), _READERS.get(name, dict)
     chosen = _MBPP.get(split) if name == "mbpp" else None
     rows: list[Row] = []
     for number, row in enumerate(read_jsonl(path, where=f"{where}.data"), start=1):
         if chosen is not None and row.get("task_id") not in chosen:
             continue
         try:
-            rows.append({field: row[field] for field in read} if isinstance(read, tuple) else read(row))
+            rows.append({field: row[field] for field in kept} if kept else read(row))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{where}.data {path} row {number}",
@@ -150,25 +129,15 @@ def _boolq(row: Row) -> Row:
     return {"question": question, "label": ["false", "true"].index(row["answer"])}
 
 
-# Fields that are kept, all of which must exist, or a reader of several forms.
-_READERS: Mapping[str, tuple[str, ...] | Callable[[Row], Row]] = {
+# Of several forms.
+_READERS: Mapping[str, Callable[[Row], Row]] = {
     "triviaqa": lambda row: {
         "question": row["question"],
         "answer": {"aliases": list(row["answer"]["aliases"] if "answer" in row else row["answers"])},
     },
-    "nq_open": ("question", "answer"),
-    "efficientqa": ("question", "answer"),
-    "webqs": ("question", "answers"),
     "mmlu": _mmlu,
     "arc_easy": _multiple_choice("question"),
     "arc_challenge": _multiple_choice("question"),
     "boolq": _boolq,
     "openbookqa": _multiple_choice("question_stem"),
-    "gsm8k": ("question", "answer"),
-    "math": ("problem", "solution"),
-    "humaneval": ("task_id", "prompt", "test", "entry_point", "canonical_solution"),
-    "mbpp": ("task_id", "text", "code", "test_list"),
-    "ifeval": ("key", "prompt", "instruction_id_list", "kwargs"),
-    "tinystories": ("text",),
-    "c4_text": ("text",),
 }
