@@ -1,7 +1,5 @@
 """keeptune: fine-tune a language model without destroying what it already knows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lazy_loader

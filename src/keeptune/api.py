@@ -5,8 +5,6 @@ tuned = keeptune.install(model, plan)            # a PeftModel: train it with TR
 keeptune.export(tuned, plan, "adapter", base=path)
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import tempfile

@@ -8,8 +8,6 @@ second, frozen adapter ``-B0 A0``: exact on any base, ``disable_adapter()`` rest
 of one more rank-r product.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

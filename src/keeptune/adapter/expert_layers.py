@@ -7,8 +7,6 @@ All experts have one rank there. One with a smaller rank in the plan, or with no
 factors, whose gradients are then zero: it stays as it is. For each parameter of a module, PEFT nests another layer.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ halves: in ``llama`` files the rows of q and k are in another order. So are the 
 the inputs, is not changed. Gemma's files hold 1 + w for the weights w of norms.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass

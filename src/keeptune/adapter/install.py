@@ -1,7 +1,5 @@
 """install: a plan into a model that the user has, as a stock PeftModel, and its trained state out of it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters on disk: loaded on a base, checked against it; and folders that keeptune may write to."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

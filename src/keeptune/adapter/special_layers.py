@@ -8,8 +8,6 @@ A hook on the output holds where one on a parameter would not: through FSDP2, wh
 copy of the model. What is added to gradients besides has to be confined too (:func:`within_rows`).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The trained change relative to the untouched base: as tensors, in a base's weights, as a LoRA that PEFT reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial

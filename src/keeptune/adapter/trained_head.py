@@ -4,8 +4,6 @@ Modules are in ``modules_to_save``, rows of the embedding in ``trainable_token_i
 Where the output projection is tied to the embedding they stay one: ``lm_head`` then means the embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import methodcaller

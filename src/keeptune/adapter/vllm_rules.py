@@ -5,8 +5,6 @@ Of the config: ``PEFTHelper.validate_legal`` in ``vllm/lora/peft_helper.py``, an
 ``LoRAModel.from_local_checkpoint`` in ``vllm/lora/lora_model.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@
 the JSONL files.  ``SOURCE.md`` beside this file tells where the facts come from and what was measured.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent

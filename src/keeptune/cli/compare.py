@@ -1,7 +1,5 @@
 """The commands of many runs: compare; sweep and layers, of one recipe at several points; run, of stages."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Callable, Mapping

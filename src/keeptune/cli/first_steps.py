@@ -1,7 +1,5 @@
 """The commands that come first: init writes a recipe that runs, doctor says what is missing."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The command that runs another trainer with keeptune in it: llamafactory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

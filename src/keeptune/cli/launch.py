@@ -1,7 +1,5 @@
 """The command that starts another one in several processes: launch."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

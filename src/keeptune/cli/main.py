@@ -1,7 +1,5 @@
 """The command line: the whole job, each of its stages, and what is done with its results."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """The commands that mend and judge a finished adapter: repair, check."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

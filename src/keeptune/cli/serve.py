@@ -1,7 +1,5 @@
 """The commands that give results to servers: export, serve."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated, Any

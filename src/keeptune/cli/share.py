@@ -1,7 +1,5 @@
 """Commands that take a finished adapter further: merge, push, compare-served."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """The command that shows training data as the model sees them: data."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

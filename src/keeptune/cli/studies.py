@@ -1,7 +1,5 @@
 """Commands that examine models and what training changed: change, curvature, energy, overlap, suppress, trace."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

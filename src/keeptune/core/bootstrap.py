@@ -1,7 +1,5 @@
 """Bootstrap intervals of changes, items resampled as pairs (the item intervals of core/intervals.py)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

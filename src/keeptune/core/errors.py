@@ -1,7 +1,5 @@
 """The exceptions that users see: where, what was got, what was wanted, what to do next."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial

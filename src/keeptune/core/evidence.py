@@ -1,7 +1,5 @@
 """The evidence of a plan as reports hold it: a bounded number of points of each curve, whatever the model's width."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Final

@@ -10,8 +10,6 @@ Seeds are scored on the same items, so averaging them does not narrow (2). With 
 intervals only (1), and with neither the ends are NaN. Pages, tables, comparisons, sweeps and sequences use this rule.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Accelerate's hooks do it, on each module that holds weights of its own (``load_offloaded``).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Out of memory, on a device or on the host: one error that says what was being done and what to turn."""
 
-from __future__ import annotations
-
 import re
 import traceback
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ What takes long is divided and joined here, through the CPU. With one process, o
 :func:`by_first` all of this costs nothing and talks to nobody.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import datetime

@@ -1,7 +1,5 @@
 """The registered classes of a package: those of its files, and those of other packages under an entry-point group."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Target: one linear map y = W x + b of a model, and the tensors that a method can train there."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

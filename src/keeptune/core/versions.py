@@ -1,7 +1,5 @@
 """The versions of what keeptune runs on."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

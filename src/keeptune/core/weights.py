@@ -5,8 +5,6 @@ from what the module declares. Values come from PEFT's helper or, where it knows
 which maps the unit vectors to the columns of W; what the helper gives is held against what the module computes.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Scoring a pair of models, language models or classifiers, before and after fine-tuning, on the same items."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The items of a benchmark in a JSONL file: questions, choices, documents, or texts for a classifier."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

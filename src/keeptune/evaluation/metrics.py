@@ -23,8 +23,6 @@ coefficient for any number of labels (Gorodkin 2004),
 equal) is 0, as in scikit-learn.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -5,8 +5,6 @@ right, where causal attention never looks, so positions need no care. Log-probab
 for at most ``_CHUNK`` tokens at a time; sums over tokens are float64.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

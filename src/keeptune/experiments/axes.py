@@ -11,8 +11,6 @@ benchmarks' own. The benchmarks of an axis are the same for all runs; a run that
 value on the axis, never one over the benchmarks left.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

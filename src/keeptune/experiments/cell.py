@@ -1,7 +1,5 @@
 """A run of a comparison in several processes: what starts them, and what each does (python -m ... TASK)."""
 
-from __future__ import annotations
-
 import pickle
 import sys
 import tempfile

@@ -10,8 +10,6 @@ Of the runs of p*, those that keep to c themselves count (all, if none does), an
 taken; of an even number the lower one of the two in the middle.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

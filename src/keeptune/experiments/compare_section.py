@@ -1,7 +1,5 @@
 """The ``compare:`` section of a recipe: methods, rates, strengths and seeds to compare."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 

@@ -4,8 +4,6 @@
 everything is a pure function; only :func:`row_of` reads run folders and only :func:`write_records` writes.
 """
 
-from __future__ import annotations
-
 import datetime
 import io
 import math

@@ -1,7 +1,5 @@
 """What the cells of a grid gained over a baseline, seed by seed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

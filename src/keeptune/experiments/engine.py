@@ -6,8 +6,6 @@ Runs that need the same statistics, or the base's answers to the same benchmark,
 (:mod:`keeptune.core.locks`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

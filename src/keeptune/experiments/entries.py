@@ -10,8 +10,6 @@
 with its values. In a method section a single number is the method's own option of that name.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections import Counter

@@ -12,8 +12,6 @@ Laws: p = 0 changes nothing and p = 1 leaves W; what is pruned at one p is prune
 signs nor the scales of W and of ΔW move it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ A point is one setting; its place is the mean over its seeds, with intervals by 
 The front is what nothing dominates; equal points are both on it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -8,8 +8,6 @@ too much where the estimate of it is above the limit:
     upper    the upper end: it is not certain that so little is lost
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

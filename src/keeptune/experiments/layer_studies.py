@@ -8,8 +8,6 @@ Each point is an ordinary run of one recipe with other ``layers``, and studies s
 alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args

@@ -13,8 +13,6 @@ label that misses the score with one of them does not reach it. Each seed's fron
 for every label alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

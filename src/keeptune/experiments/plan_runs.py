@@ -1,7 +1,5 @@
 """From a recipe with a ``compare:`` or ``sweep:`` section to the runs that it asks for, each an ordinary run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -14,8 +14,6 @@ the weights that it was made of, and why the result cannot have it where it cann
 they follow from the run's, and :func:`write_variant` writes those that are chosen.
 """
 
-from __future__ import annotations
-
 import logging
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """keeptune compare, sweep and layers: from the recipe to the records, the page and the best result."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ that it depends on) and ``log.txt``. A finished run costs the reading of its mar
 are done are not repeated.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

@@ -6,8 +6,6 @@ sweep:
   points: [{name: full, method: full}]          # more points outside the grid
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """keeptune inside the trainers that users already have."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

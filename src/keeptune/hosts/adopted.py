@@ -1,7 +1,5 @@
 """The plan of a LoRA that is there already: a plain one, not trained yet, as PEFT or a trainer made it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Callback: keeptune in any trainer of Transformers', TRL's among them, which has a LoRA of its own or a plan's."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import sys

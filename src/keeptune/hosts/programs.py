@@ -1,7 +1,5 @@
 """Hosts that are programs: Axolotl's plugin, and LLaMA-Factory with a section ``keeptune:`` in its YAML file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a callback leaves: the plan, the adapter, checked on a fresh base, scores before and after, and the report."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

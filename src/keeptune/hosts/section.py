@@ -1,7 +1,5 @@
 """The ``keeptune:`` section of a host's own file, as a callback."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

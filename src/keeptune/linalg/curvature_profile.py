@@ -1,7 +1,5 @@
 """The energy of a weight change along the eigenvectors of a curvature."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Eigenvectors, singular triplets and spectra, whole or in part, with signs that do not depend on the solver."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Literal

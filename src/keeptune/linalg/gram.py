@@ -1,7 +1,5 @@
 """Gram matrices X^T X of tall X: only the upper blocks are multiplied, sums are kept in float64."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A min-max normalisation per sample and layer, or over a whole sample, keeps the 
 vote; none is made. Of equal scores, and of equal counts, the lowest index comes first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

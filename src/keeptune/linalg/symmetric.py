@@ -1,7 +1,5 @@
 """Symmetric positive semi-definite matrices that penalties multiply with: dense ones, or a multiple of the identity."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -5,8 +5,6 @@ the entry-point group ``keeptune.methods``. A plan is made by map, reduce, map: 
 at a time, ``allocate`` sees the scores of all.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -21,8 +21,6 @@ and A does, and so would change with the units of the inputs. Where s_i is below
 (possible without damping only), 1e-4 stands in for it in (4): A stays bounded and B A the same.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

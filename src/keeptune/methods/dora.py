@@ -10,8 +10,6 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024.
 round and says columns. The forward pass is PEFT's, which forms V (m x n) in every step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 There is no adapter: the result is a whole model, exported as ``merged``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

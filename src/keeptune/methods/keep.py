@@ -9,8 +9,6 @@ multiplier follows what is measured (penalties/budget.py). Without knowledge of 
 itself. No statistics are taken: the plan costs nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from keeptune.core.options import Range

@@ -16,8 +16,6 @@ The paper finds two batches per set best; ``batches`` times ``batch_size`` examp
 recipe's ``knowledge``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from keeptune.methods.lora import LoraStart

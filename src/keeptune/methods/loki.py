@@ -24,8 +24,6 @@ in LoRA; the paper swaps them, and has no s). Where the down-projection has a bi
 the released code (Transformers' trainers let no weight decay act on biases).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

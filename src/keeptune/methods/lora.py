@@ -8,8 +8,6 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
 (2) is what PEFT does (Kaiming-uniform with a = sqrt 5); the paper draws A from a Gaussian.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

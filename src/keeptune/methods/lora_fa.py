@@ -8,8 +8,6 @@ Trained with AdamW, as the papers that compare with it do, the change stays in t
 space that A spans from the start.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from keeptune.methods.lora import Lora

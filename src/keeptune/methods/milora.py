@@ -11,8 +11,6 @@ With a scale s = alpha / r other than 1, S_m / s takes the place of S_m, as in t
 are found in float64: rounding in float32 is of their size where the spectrum falls by many decades.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from keeptune.methods.pissa import Pissa

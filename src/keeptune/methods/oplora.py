@@ -13,8 +13,6 @@ without its products at each token, and any checkpoint or merge holds (3). The t
 the rest of W with ΔW has no singular value above s_k.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -12,8 +12,6 @@ The paper calls B A and A B, for row vectors. With a scale s = alpha / r other t
 so that s B A is still the principal part.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -6,8 +6,6 @@ reaches which module in one tiny forward pass. Where an MLP writes into the hidd
 by shape and order of calls.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import re

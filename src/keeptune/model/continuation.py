@@ -1,7 +1,5 @@
 """What a model writes after given tokens, a batch at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ and can compute them in several ways; the eager one goes from expert to expert a
 Inside a pass every call of torch is seen, so that slices and the products with them are found in any architecture.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager

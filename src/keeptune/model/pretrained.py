@@ -1,7 +1,5 @@
 """Loads a base and its tokenizer from a folder, the hub or a GGUF file, to a device or left on disk until needed."""
 
-from __future__ import annotations
-
 import logging
 import struct
 import tempfile

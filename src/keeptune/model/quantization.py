@@ -3,8 +3,6 @@
 Transformers dequantises a GGUF file when it loads it; what is trained on is an ordinary float model.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Runners pass batches through a model and hand over the rows of real tokens, and the gradients that come back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ All four train 120 steps at one learning rate: the lowest of the sweep 2.5e-4, 5
 learns the task to 0.8. A lower rate forgets less, so that plain LoRA is not shown at a rate that makes it look bad.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A first recipe: from a model, data and what to keep to a commented YAML file that runs as it is."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final

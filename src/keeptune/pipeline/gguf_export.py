@@ -1,7 +1,5 @@
 """keeptune export --to gguf: what a run exported as files for llama.cpp, checked, with Ollama's Modelfile beside."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shlex

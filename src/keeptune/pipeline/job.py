@@ -1,7 +1,5 @@
 """Job: what every stage of a run needs - recipe, tokenizer, base, data, folders and keys."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from functools import cached_property

@@ -1,7 +1,5 @@
 """llama.cpp's server in the package xllamacpp, with those options of ``llama-server`` that keeptune serve uses."""
 
-from __future__ import annotations
-
 import argparse
 import threading
 from pathlib import Path

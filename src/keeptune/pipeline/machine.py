@@ -1,7 +1,5 @@
 """What a run needs of the machine: its folders, its device and the user's store of statistics."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from pathlib import Path

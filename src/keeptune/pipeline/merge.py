@@ -1,7 +1,5 @@
 """keeptune merge: an adapter and its base to one whole model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

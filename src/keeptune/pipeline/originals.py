@@ -1,7 +1,5 @@
 """The base as plans read it: whole or block by block, as memory is, and its original in floats if it is quantised."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace

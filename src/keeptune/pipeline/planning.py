@@ -1,7 +1,5 @@
 """From a loaded model and data to statistics and a plan: what the job and the Python interface share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

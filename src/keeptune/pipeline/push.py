@@ -1,7 +1,5 @@
 """keeptune push: the adapter or model of a run to the hub, with a card that says what was kept and lost."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """The report stage: finished runs, read from their folders and checked, to report.json and report.html."""
 
-from __future__ import annotations
-
 import datetime
 import shlex
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ Each stage keeps its result in the run folder under a key of all that it depends
 the same command goes on where a killed run stopped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

@@ -1,7 +1,5 @@
 """The evaluate stage: the exported adapter, as a user will load it, scored on and off on the same items."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """keeptune serve: a run's adapter or model on the server that is installed, vLLM or llama.cpp's, until it is ended."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

@@ -1,7 +1,5 @@
 """The kinds of task, what a recipe's ``task.kind`` means, and the knowledge that a run's base supplies itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Benchmarks while training: those of the recipe, scored with the model as it is and with the base."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -4,8 +4,6 @@ One forward pass over knowledge and task data for the covariances, then one solv
 an input. The result is a plain LoRA for the untouched base: of a LoRA, its own B with another A.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Files and templates of a repair as the command line names them; by default those of the run of the adapter."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

@@ -10,8 +10,6 @@ All but ``svd`` join the factors, A with A and B with B, so that even ``linear``
 Where ranks differ, or one is asked for, PEFT joins the changes so, and cuts the result by an SVD.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce

@@ -3,8 +3,6 @@
 Intervals are those of :mod:`keeptune.core.intervals`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Charts of the pages as PNG and SVG files: Plotly's figures, drawn by matplotlib, which needs no browser."""
 
-from __future__ import annotations
-
 import functools
 import html
 import io

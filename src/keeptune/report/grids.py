@@ -1,7 +1,5 @@
 """Tables of the pages: their cells, and bars for changes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Final

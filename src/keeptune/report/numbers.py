@@ -1,7 +1,5 @@
 """How numbers, intervals and names are printed, on pages, in figures and on the terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

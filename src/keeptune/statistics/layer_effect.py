@@ -1,7 +1,5 @@
 """The effect of each layer on known answers, by causal tracing: L2-LoRA's AIE and NAIE (eqs. 2 and 3)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """StatStore: statistics on disk under content keys, shared by every method and run; TextEntries: of single texts."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

@@ -9,8 +9,6 @@
 One lock is held whenever users name entries and whenever entries go: what a user has named stays, or is gone already.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

@@ -1,7 +1,5 @@
 """keeptune change: how far training moved each weight, for any adapter or tuned model (L2-LoRA Fig. 6)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ eigenvalues) and of the directions (their number). A change that knows nothing o
 tenth of the directions; one in proportion to it, a tenth into each tenth of the curvature.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

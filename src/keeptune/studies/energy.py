@@ -1,7 +1,5 @@
 """keeptune energy: where along the depth the weights' energy is concentrated (FARSS Fig. 1)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the commands of studies share: checks of their options, a figure as PNG with its numbers beside it as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

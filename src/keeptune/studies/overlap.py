@@ -1,7 +1,5 @@
 """keeptune overlap: how many rows two selections share (LoKI's 97.57% of 50 questions a subject to all)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args

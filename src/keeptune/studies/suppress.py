@@ -8,8 +8,6 @@ If the attribution is right, S-H loses much and S-L little. The paper has no con
 without what any other rows of the same number lose.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args

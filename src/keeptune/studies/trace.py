@@ -7,8 +7,6 @@ From Python, of a loaded model::
     result.normalised()                              # NAIE: what L2-LoRA weights its penalty by
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace

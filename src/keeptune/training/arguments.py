@@ -1,7 +1,5 @@
 """The recipe's ``train`` section as the config of a trainer, checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys

@@ -8,8 +8,6 @@ A plan says it in plain values (``Plan.training``), which are saved with it and 
 and in ``Plan.penalties``, terms of the loss (training/penalty_engine.py).
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -4,8 +4,6 @@ They are as the launcher divides the training: whole (adapter and ``optimizer.pt
 any number of processes; where a training is divided otherwise than its checkpoint, :func:`go_on` reads it for that.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Trainers that cannot count a penalty exactly once are refused, before anything is trained."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from accelerate.utils import DistributedType

@@ -8,8 +8,6 @@ of equals the one that forgets less, then the later one; the state of s* is writ
 needs is in the trainer's log, and so in its checkpoints.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Guard: what must hold while training, checked in any trainer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ accelerate hands out the first examples once more then, which one process would 
 get a row of which nothing is learned, so that the sum over the step's tokens, and their number, are those of one.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from typing import Any

@@ -5,8 +5,6 @@ that DDP averages gradients with. Each process runs its share of the texts, and 
 gradients are had from a backward pass alone, as means over processes; all run as many passes as the others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 

@@ -1,7 +1,5 @@
 """Packed examples must say what they say alone: checked on the model before it trains."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -12,8 +12,6 @@ processes (gradients are averaged before), and take part in clipping. A hand-wri
     clip_grad_norm_(...); optimizer.step(); optimizer.zero_grad()
 """
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ With replay, of N judged examples and the texts t of knowledge beside them in a 
     L = (sum of TRL's losses + sum over t of the mean loss of t's tokens) / N.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ weights. (1) alone would not hold: Adam divides element by element. A hand-writt
     clip_grad_norm_(...); optimizer.step(); projection.factors(); optimizer.zero_grad()
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """TRL's SDFTTrainer for ``task.loss: sdft`` (losses/sdft.py), with a teacher that fits every method and anchor."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """What a launcher asks for by its environment: weights in shards, on any device, and what is refused of it."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from typing import Any

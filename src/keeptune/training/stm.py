@@ -6,8 +6,6 @@ A mask, not a loss: once before training, the base reads what is trained on, rep
 unlikely are not learned. They are still read, and are not among the tokens that the loss is a mean of.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

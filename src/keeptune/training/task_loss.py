@@ -5,8 +5,6 @@ divides by the number of tokens of the step and averages over processes. Here lo
 that reads whole distributions computes them from the last hidden states, for a few tokens at a time, forth and back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any

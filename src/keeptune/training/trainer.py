@@ -1,7 +1,5 @@
 """Training with TRL's SFTTrainer or Transformers' Trainer: Guard, checkpoints, resume after a kill."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

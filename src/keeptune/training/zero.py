@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO-1 and ZeRO-2: what is not exact under it is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

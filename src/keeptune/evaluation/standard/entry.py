@@ -4,8 +4,6 @@ The default of every benchmark is lm-eval's task as it stands: prompt, shots and
 another of the task's own metrics, or the protocol of a paper's scripts (:mod:`keeptune.evaluation.standard.protocols`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

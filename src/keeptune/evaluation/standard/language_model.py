@@ -1,7 +1,5 @@
 """A model wrapped for lm-eval, the base's answers kept; what lm-eval sets in process and model is restored."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """lm-eval's task objects: its own task files, with the data, the shots and the scoring that an entry names."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ IFEval, NQ-open by their authors, WebQuestions with ``answers``, MMLU with its s
 ARC, BoolQ and OpenBookQA in the instruction form of LLM-Adapters (Hu et al., EMNLP 2023).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

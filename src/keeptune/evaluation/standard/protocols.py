@@ -17,8 +17,6 @@ r"""How papers prompt and score where they do not use lm-eval: each a prompt, st
     tokens are those of an accepted answer, without writing anything.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

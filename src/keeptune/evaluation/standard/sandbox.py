@@ -11,8 +11,6 @@ lm-eval's task files of HumanEval and MBPP load ``code_eval`` and run it when th
 without their functions, which this module replaces: the program of an answer, and MBPP's examples.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """A standard benchmark scored with the base and with the tuned model by lm-eval, and compared item by item."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass

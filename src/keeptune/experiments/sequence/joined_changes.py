@@ -7,8 +7,6 @@ float32, formed from the base and the factors of (1) that are on disk: a sequenc
 same bits. Where a stage has no low-rank form (full fine-tuning, DoRA), the product from there on is a whole model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ for the original base after it, with its scores, ``models/<stage>`` the whole mo
 within a stage everything goes on as in any run.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 import time

@@ -1,7 +1,5 @@
 """sequence.json: the matrix stage x benchmark, and what it says of learning and forgetting."""
 
-from __future__ import annotations
-
 import datetime
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The recipe of a sequence: a run's recipe with ``stages``, each of which overrides keys of it."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence

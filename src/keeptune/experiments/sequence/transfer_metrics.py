@@ -19,8 +19,6 @@ Laws: (1) is between the least and the largest score of the last row; where no s
 (later) task, (2) and (5) are 0 (3 is 0); (5) is at least -(2), as no score is above the best one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

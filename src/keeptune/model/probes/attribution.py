@@ -23,8 +23,6 @@ the text is run again from the block's kept input, without a graph, for its keys
 which is all that the gradient passes through, then runs with a graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

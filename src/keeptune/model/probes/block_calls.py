@@ -4,8 +4,6 @@ Nothing here names an architecture. A block is given what it was given in the ke
 the columns that run; what lies before them is in the kept run's keys and values.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress

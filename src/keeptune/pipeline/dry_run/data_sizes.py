@@ -1,7 +1,5 @@
 """Files, rows and tokens of the data that a recipe names, as far as they are on this machine; None is not known."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

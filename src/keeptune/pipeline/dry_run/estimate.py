@@ -7,8 +7,6 @@ autocast where the base has 16 bits. Memory is in bytes, work in floating-point 
 ``tests/pipeline/dry_run/test_estimate.py`` holds each against a measurement.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

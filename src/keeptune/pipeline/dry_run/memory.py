@@ -4,8 +4,6 @@ A stage's parts are there at once at its peak; the run needs what its largest st
 of the process (``VmHWM``), on a GPU that of the device. ``benchmarks/account.py`` holds both against measured peaks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

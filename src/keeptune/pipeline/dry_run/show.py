@@ -1,7 +1,5 @@
 """Prints the account of one run, or of several."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The model card of a result: the README.md of the hub, with the table of what was kept and lost."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

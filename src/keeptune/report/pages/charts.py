@@ -4,8 +4,6 @@ Colours are custom properties of the style sheet (``var(--c0)``, ``var(--ink)``,
 so that a figure follows the reader's dark or light theme. Fonts, grid and hover boxes are the script's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The figure of a comparison's page: settings with their fronts; and how its records are told."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

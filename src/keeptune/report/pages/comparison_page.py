@@ -1,7 +1,5 @@
 """The page of a comparison: every setting, the fronts, what each label forgets at the same task score, every run."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Which items of the benchmarks were lost and which were gained, as rows that a page can search."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The figures of a run's page by layer: ranks, evidence, spectra, votes, penalties and drift."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Final

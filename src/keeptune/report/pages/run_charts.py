@@ -1,7 +1,5 @@
 """The figures of a run's page: what was learned against what was kept, what was lost where, and the losses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Final

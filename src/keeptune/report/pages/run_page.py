@@ -1,7 +1,5 @@
 """The page of a report: one HTML file that needs nothing else."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

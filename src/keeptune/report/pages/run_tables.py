@@ -1,7 +1,5 @@
 """The tables of a run's page: benchmarks with bars, options, and divergence from the base."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The figures of a sequence's page: the matrix stage x benchmark, and the scores over the stages."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The page of a sequence of stages: what was learned, what of it was kept, and what it did to the knowledge."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

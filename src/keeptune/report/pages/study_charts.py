@@ -1,7 +1,5 @@
 """Charts of studies: energy (FARSS Fig. 1), change (L2-LoRA Fig. 6), curvature, tracing, nodes (LoKI Fig. 2)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final

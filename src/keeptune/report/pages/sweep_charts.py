@@ -1,7 +1,5 @@
 """Charts of sweeps: scores by point, layer (L2-LoRA Fig. 4) or μ of a repair; benefits of a grid (LaLoRA Fig. 4)."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a comparison shows, in plain words, and no more than its intervals support."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final

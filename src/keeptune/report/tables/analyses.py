@@ -1,7 +1,5 @@
 """Tables of stages and analyses: plans, scores, checks, sweeps, changes, traces, overlaps, repairs, grids."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The table of a comparison: its numbers, and the table for the terminal, Markdown and the page."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final

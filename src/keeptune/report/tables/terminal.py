@@ -1,7 +1,5 @@
 """Tables and lines of text on the terminal, in one style."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 

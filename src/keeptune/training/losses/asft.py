@@ -6,8 +6,6 @@ DFT (dft.py), held to the base on the task's own tokens; the direction of the KL
 is the model as it starts, in evaluation mode: a forward pass at each step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -6,8 +6,6 @@ A loss is a frozen dataclass whose fields are its options, in one file of this p
 entry-point group ``keeptune.training.losses``. It says l_t; training/task_loss.py leaves the sum to TRL.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

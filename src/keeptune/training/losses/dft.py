@@ -7,8 +7,6 @@ Tokens that the model takes for unlikely teach less, in proportion. The number (
 is 0 at p = 1 and at p = 0, and highest at p = 1/e. TRL's ``loss_type="dft"`` is the same, bit for bit.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

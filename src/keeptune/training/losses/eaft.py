@@ -6,8 +6,6 @@ A token of which the model is sure teaches little, whether it is right or wrong:
 overwrites most. The released code divides by 3, where log 20 is 2.996.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -13,8 +13,6 @@ in (training/self_distillation.py). As released: a = 0 (the paper has the revers
 chats, 1,024 new tokens. Departure: (4) is of the factors of an adapter, not of B A.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from keeptune.core.options import Range
