@@ -107,6 +107,22 @@ def test_a_budget_that_binds_is_met_on_other_texts_and_one_that_does_not_costs_n
     assert multiplier < [math.log(0.05)]
 
 
+@pytest.mark.parametrize(("nats", "taken"), [(1e-9, [0, 3, 4, 5, 6]), (1e6, [0, 3, 6])])
+def test_a_batch_comes_at_every_step_while_the_budget_is_overdrawn(
+    nats: float, taken: list[int], tmp_path: Path
+) -> None:
+    plan = planned(tmp_path, nats=nats, every=3, batch_size=4)
+    model = install(MODELS["llama"](), plan)
+    penalties, found = Penalties(model, plan), []
+    for step in range(7):
+        penalties.step()
+        if "kl_to_base" in penalties.read():
+            found.append(step)
+        if step == 0:
+            train_steps(model, steps=2)
+    assert found == taken
+
+
 def test_the_plan_is_not_changed_by_training_and_the_state_goes_on(tmp_path: Path) -> None:
     plan = planned(tmp_path, nats=0.001, every=2)
     key, model = plan.key, moved(plan)

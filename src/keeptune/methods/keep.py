@@ -4,8 +4,8 @@
     min L_task   subject to   D <= nats                      by a controlled multiplier               (2)
     D = mean_i KL(p_base(. | x_<i) || p(. | x_<i))           nats per token, measured                 (3)
 
-D is measured on a knowledge text or more at every k-th optimiser step, with its gradient (penalties/kl.py), and the
-multiplier follows what is measured (penalties/budget.py). Without knowledge of the user's the base writes the texts
+D is measured on a knowledge text or more at every k-th optimiser step, and at every step while the budget is overdrawn,
+with its gradient (penalties/kl.py); the multiplier follows what is measured (penalties/budget.py). Without knowledge of the user's the base writes the texts
 itself. No statistics are taken: the plan costs nothing.
 """
 
@@ -22,7 +22,8 @@ class Keep(LoraStart):
 
     Args:
         nats: The budget: how many nats per token may be lost on the knowledge.
-        every: At which optimiser steps it is measured and held: 4 is every fourth; None chooses it.
+        every: At which optimiser steps it is measured and held: 4 is every fourth, and each while it is overdrawn; None
+            chooses it.
         batch_size: Knowledge texts of such a step; None chooses: as many as add a quarter to a step.
     """
 

@@ -2,7 +2,7 @@
 
     D = mean_i KL(p_base(. | x_<i) || p(. | x_<i))           over the learned tokens i of a batch of texts       (1)
     P = k strength D                                         at every k-th optimiser step                        (2)
-    P = k p D / budget                                       p by the controller of penalties/budget.py          (3)
+    P = k p D / budget, k = 1 while it is overdrawn          p by the controller of penalties/budget.py          (3)
 
 D is in nats per token, the measure of forgetting itself where penalties on the weights are its second order. A batch
 costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; taken at every k-th step, it
@@ -10,10 +10,12 @@ counts k times. An eighth of the texts, 16 at most, is never trained on. With a 
 the controller meets it in what is measured, D on the batch times the ratio of what held-out texts lose to what those of
 training do. The verdict at the end is the KL on all that are held out.
 
+While a budget is overdrawn a batch comes at every step: where gradients are clipped, as by default, one at every k-th
+step has a k-th of the say at most, however high p is, and the budget would stay overdrawn.
+
 What is chosen adds a quarter to a step, by tokens: a pass back counts as two, so that a text of knowledge takes 4.5
 passes (with a check of held-out ones) and one of the task 3. Batches have 128 to 512 tokens; where the least are too
-many, they come at every k-th step, 8 at most. Where gradients are clipped, these have a k-th of the say at most: where
-a budget is overdrawn, ``every: 1`` holds it.
+many, they come at every k-th step, 8 at most.
 
 The base is the model as it starts: its factors are put in for the pass, whatever the anchor. (Without its adapter a
 model with a residual anchor is not the base.) Padding, prompts, the
@@ -39,7 +41,8 @@ from keeptune.penalties.base import Penalty
 from keeptune.penalties.budget import GAIN, ascended, excess, verdict
 from keeptune.statistics.request import DataRole
 
-_IDS, _LENGTHS, _LEARNED, _STEP = "ids", "lengths", "learned", "step"
+_IDS, _LENGTHS, _LEARNED = "ids", "lengths", "learned"
+_BATCH, _GAP, _WAIT = "batch", "steps it stands for", "steps until it"
 _MULTIPLIER, _PRESSURE = "log multiplier", "log pressure"
 _SIZE, _EVERY, _LAST, _HELD, _TRAINED = "size", "every", "last", "mean held out", "mean trained on"
 _QUICK, _SLOW = 0.25, 0.2  # how much the last batch counts in means of D
@@ -103,14 +106,26 @@ class Kl(Penalty):
     Args:
         strength: What a nat per token weighs against a nat of the task's loss.
         budget: In its place, the nats per token that may be lost on the knowledge.
-        every: At which optimiser steps: 4 is every fourth, weighed fourfold; None chooses it at the first step.
+        every: At which optimiser steps: 4 is every fourth, weighed fourfold, and each while a budget is overdrawn; None
+            chooses it at the first step.
         batch_size: Texts of such a step; None chooses: as many as add a quarter to a step, of 128 to 512 tokens.
         seed: Seed of their order.
     """
 
     name = "kl"
     paper = "Li and Hoiem, Learning without Forgetting, 1606.09282 (in spirit)"
-    state: ClassVar[tuple[str, ...]] = (_STEP, _SIZE, _EVERY, _MULTIPLIER, _PRESSURE, _LAST, _HELD, _TRAINED)
+    state: ClassVar[tuple[str, ...]] = (
+        _BATCH,
+        _GAP,
+        _WAIT,
+        _SIZE,
+        _EVERY,
+        _MULTIPLIER,
+        _PRESSURE,
+        _LAST,
+        _HELD,
+        _TRAINED,
+    )
     once = True
     ranges = {
         "strength": Range(least=0),
@@ -152,16 +167,16 @@ class Kl(Penalty):
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
         state = dict.fromkeys(self.state, 0.0) | {_PRESSURE: -GAIN}
-        state |= {_SIZE: float(self.batch_size or 0), _EVERY: float(self.every or 0)}
+        state |= {_SIZE: float(self.batch_size or 0), _EVERY: float(self.every or 0), _GAP: float(self.every or 0)}
         held = {name: torch.tensor([value], dtype=torch.float64) for name, value in state.items()}
         return {_IDS: ids, _LENGTHS: torch.tensor(list(map(len, texts))), _LEARNED: learned, **held}
 
     def weight(self, tensors: Mapping[str, Tensor]) -> float:
         """Returns what D counts in this step, of (2) or (3); 0 at a step that has none."""
-        every = int(tensors[_EVERY])
-        if int(tensors[_STEP]) % every:
+        if int(tensors[_WAIT]):
             return 0.0
-        return every * (self.strength if self.budget is None else float(tensors[_PRESSURE].exp()) / self.budget)
+        strength = self.strength if self.budget is None else float(tensors[_PRESSURE].exp()) / self.budget
+        return int(tensors[_GAP]) * strength
 
     def chosen(self, mean: float, tokens: float) -> tuple[int, int]:
         """Returns the texts of a batch, and k.
@@ -177,8 +192,8 @@ class Kl(Penalty):
     def choose(self, tensors: Mapping[str, Tensor], tokens: int) -> None:
         """Chooses the texts of a batch and k at the first step, from how many tokens of the task it has."""
         size, every = self.chosen(float(tensors[_LENGTHS].double().mean()), tokens)
-        tensors[_SIZE].fill_(size)
-        tensors[_EVERY].fill_(every)
+        for name, value in ((_SIZE, size), (_EVERY, every), (_GAP, every)):
+            tensors[name].fill_(value)
 
     def undecided(self, tensors: Mapping[str, Tensor]) -> bool:
         """Returns whether these are still to be chosen."""
@@ -186,15 +201,15 @@ class Kl(Penalty):
 
     def batch(self, tensors: Mapping[str, Tensor]) -> TextBatch:
         """Returns the texts of this step."""
-        number = int(tensors[_STEP]) // int(tensors[_EVERY])
-        return _rows(tensors, trained_on(len(tensors[_IDS]), size=int(tensors[_SIZE]), seed=self.seed, number=number))
+        size, number = int(tensors[_SIZE]), int(tensors[_BATCH])
+        return _rows(tensors, trained_on(len(tensors[_IDS]), size=size, seed=self.seed, number=number))
 
     def check(self, tensors: Mapping[str, Tensor]) -> TextBatch | None:
         """Returns the held-out texts that a budget is measured on in this step, a quarter of a batch.
 
         None in the first round, where no text of a batch has been trained on yet, and where none is held out.
         """
-        texts, batch, number = len(tensors[_IDS]), int(tensors[_SIZE]), int(tensors[_STEP]) // int(tensors[_EVERY])
+        texts, batch, number = len(tensors[_IDS]), int(tensors[_SIZE]), int(tensors[_BATCH])
         rows, size = held_out(texts), max(batch // 4, 1)
         if self.budget is None or not rows or number * batch < texts - len(rows):
             return None
@@ -210,10 +225,12 @@ class Kl(Penalty):
     def update(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Goes on to the next step, and after a measurement takes that of the controller."""
         weight = self.weight(tensors) if "" in values else 0.0
-        tensors[_STEP].add_(1)
         if not weight:
+            tensors[_WAIT].sub_(1).clamp_(min=0)
             return {}
-        logs = {"kl_to_base": values[""] / weight}
+        logs, steps = {"kl_to_base": values[""] / weight}, int(tensors[_GAP])
+        tensors[_BATCH].add_(1)
+        tensors[_WAIT].copy_(tensors[_EVERY] - 1)
         if self.budget is None:
             return logs
         logs["kl_budget"] = tensors[_PRESSURE].new_tensor(self.budget)
@@ -228,8 +245,10 @@ class Kl(Penalty):
                 tensors[name].lerp_(measured.to(trained).expand(1), 1.0 if first else _SLOW)
             ratio = float(tensors[_HELD] / tensors[_TRAINED].clamp_min(torch.finfo(torch.float64).tiny))
         c = excess(tensors[_LAST] * ratio, self.budget)
-        tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, int(tensors[_EVERY])))
+        tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, steps))
         tensors[_PRESSURE].copy_(tensors[_MULTIPLIER] + GAIN * c)
+        tensors[_GAP].copy_(tensors[_EVERY] if c <= 0 else torch.ones_like(c))
+        tensors[_WAIT].copy_(tensors[_GAP] - 1)
         return logs
 
     def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
