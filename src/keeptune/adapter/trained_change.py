@@ -12,14 +12,7 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.expert_layers import saved_factors, saved_names
 from keeptune.adapter.install import trained_state
-from keeptune.adapter.trained_head import (
-    head_edits,
-    head_names,
-    task_type,
-    tied_head,
-    token_rows,
-    trained_head,
-)
+from keeptune.adapter.trained_head import head_edits, head_names, task_type, tied_head, token_rows, trained_head
 from keeptune.adapter.vllm_rules import SERVED_RANKS
 from keeptune.core.artefact import write_tensors
 from keeptune.core.low_rank import LowRank

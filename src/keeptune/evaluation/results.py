@@ -13,14 +13,7 @@ from numpy.typing import NDArray
 from keeptune.core.bootstrap import paired_interval
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.evaluation.benchmarks import Role
-from keeptune.evaluation.metrics import (
-    Measure,
-    Metric,
-    agreement,
-    agreement_interval,
-    harmonic,
-    mean_ratio,
-)
+from keeptune.evaluation.metrics import Measure, Metric, agreement, agreement_interval, harmonic, mean_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +105,7 @@ def trade_off(
     return {**scores, "T": learned, "KT": harmonic(kept, learned)}
 
 
-def references_by_seed(
-    full: Iterable[tuple[int, Sequence[BenchmarkResult]]],
-) -> dict[int, Sequence[BenchmarkResult]]:
+def references_by_seed(full: Iterable[tuple[int, Sequence[BenchmarkResult]]]) -> dict[int, Sequence[BenchmarkResult]]:
     """Returns for each seed the full fine-tuning that learned the tasks best, so that T is never flattered."""
     best: dict[int, Sequence[BenchmarkResult]] = {}
     for seed, results in full:
@@ -167,10 +158,7 @@ def divergence_of(records: Sequence[Mapping[str, Any]], weights: Sequence[float]
 
 
 def grouped(
-    groups: Sequence[str | None],
-    before: Sequence[float],
-    after: Sequence[float],
-    weights: Sequence[float],
+    groups: Sequence[str | None], before: Sequence[float], after: Sequence[float], weights: Sequence[float]
 ) -> dict[str, dict[str, float]]:
     """Returns each group's ``{"n", "before", "after"}``, in the order of first appearance.
 

@@ -130,10 +130,7 @@ def with_axes(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Axis]) -> li
 
 
 def trade_off_of(
-    rows: Sequence[Mapping[str, Any]],
-    axes: Mapping[str, Axis],
-    score: float | None = None,
-    baseline: str | None = None,
+    rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Axis], score: float | None = None, baseline: str | None = None
 ) -> dict[str, Any]:
     """Returns what ``front.json`` holds of rows with axes; its ``choice`` is None.
 

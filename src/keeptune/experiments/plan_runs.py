@@ -141,13 +141,7 @@ def load_sweep(path: Path | str, overrides: Mapping[str, Any] | None = None) -> 
 
 
 def sweep_of(
-    path: Path,
-    values: dict[str, Any],
-    points: Any,
-    about: Mapping[str, Any],
-    *,
-    kind: str = "sweep",
-    below: str = "",
+    path: Path, values: dict[str, Any], points: Any, about: Mapping[str, Any], *, kind: str = "sweep", below: str = ""
 ) -> Comparison:
     """Returns the comparison of a recipe's values, which have ``seeds``, at points; ``about`` goes to its record."""
     where = f"recipe {path}"

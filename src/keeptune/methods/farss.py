@@ -115,10 +115,7 @@ class Farss(ScaledMethod):
     name = "farss"
     paper = "Chen et al., FARSS, 2025"
     anchored = True
-    ranges = {
-        **dict.fromkeys(("r_min", "r_avg"), Range(least=1)),
-        "boundary": Range(least=0),
-    }
+    ranges = {**dict.fromkeys(("r_min", "r_avg"), Range(least=1)), "boundary": Range(least=0)}
 
     r_min: int = 1
     r_max: int = 8

@@ -22,12 +22,7 @@ from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.offload import device_of
 from keeptune.core.target import Target
 from keeptune.core.weights import is_linear_map, keep_layout, weight_shape
-from keeptune.model.fused_experts import (
-    fused_weights,
-    one_expert_at_a_time,
-    taken_for_experts,
-    warn_of_unknown_stacks,
-)
+from keeptune.model.fused_experts import fused_weights, one_expert_at_a_time, taken_for_experts, warn_of_unknown_stacks
 
 _log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")

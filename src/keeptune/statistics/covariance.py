@@ -37,14 +37,7 @@ from keeptune.linalg.decompositions import exact_svd
 from keeptune.linalg.gram import add_gram, symmetric
 from keeptune.model.head import Labels
 from keeptune.statistics.collect import StatsView
-from keeptune.statistics.request import (
-    ADDED,
-    DataRole,
-    GradientRequest,
-    RowRequest,
-    RunningMean,
-    WeightReader,
-)
+from keeptune.statistics.request import ADDED, DataRole, GradientRequest, RowRequest, RunningMean, WeightReader
 
 _Lengths = Callable[[], Sequence[int]]  # counts the rows of each text
 

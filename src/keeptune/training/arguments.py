@@ -25,11 +25,7 @@ from keeptune.training.sharding import asks
 from keeptune.training.zero import refuse_zero
 
 # Of each kind of task the config of its trainer; of those that are not here TrainingArguments.
-CONFIGS: Mapping[str, type[Any]] = {
-    "completion": SFTConfig,
-    "preference": DPOConfig,
-    "unpaired_preference": KTOConfig,
-}
+CONFIGS: Mapping[str, type[Any]] = {"completion": SFTConfig, "preference": DPOConfig, "unpaired_preference": KTOConfig}
 _OURS = {
     "output_dir": "Use `output` instead.",
     "resume_from_checkpoint": "Use `output` instead.",
@@ -77,12 +73,7 @@ def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] 
     for key, value in arguments.items():
         where = f"train.{key}"
         if key in _OURS:
-            raise RecipeError(
-                where,
-                got="a key that keeptune sets itself",
-                wanted=wanted,
-                next_step=_OURS[key],
-            )
+            raise RecipeError(where, got="a key that keeptune sets itself", wanted=wanted, next_step=_OURS[key])
         if key in ("hub_token", "push_to_hub_token") and value is not None:
             raise RecipeError(
                 where,

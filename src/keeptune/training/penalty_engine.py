@@ -334,10 +334,7 @@ class PenaltyState(TrainerCallback, ExportableState):
 
 
 def _gradients(
-    target_plan: TargetPlan,
-    held: Mapping[TensorName, Held],
-    terms: Mapping[int, Term],
-    values: list[dict[str, Tensor]],
+    target_plan: TargetPlan, held: Mapping[TensorName, Held], terms: Mapping[int, Term], values: list[dict[str, Tensor]]
 ) -> dict[TensorName, Tensor]:
     """Sums the gradients of a target's terms, within its rows, and records their values."""
     factors = _values(held) if terms else {}

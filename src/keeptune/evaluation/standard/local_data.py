@@ -19,8 +19,7 @@ _QUESTION = re.compile(
     r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: (\S+)\Z", re.DOTALL
 )
 _TRUE_OR_FALSE = re.compile(
-    r"Please answer the following question with true or false, question: (.*)\n\nAnswer format: true/false\Z",
-    re.DOTALL,
+    r"Please answer the following question with true or false, question: (.*)\n\nAnswer format: true/false\Z", re.DOTALL
 )
 # The official split by task_id.
 _MBPP: Mapping[str, Sequence[int]] = {"prompt": MBPP_EXAMPLES, "test": range(11, 511)}

@@ -30,13 +30,7 @@ from keeptune.core.processes import by_first, is_first
 from keeptune.core.weights import is_quantised
 from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.experiments.engine import only_one
-from keeptune.experiments.sequence.joined_changes import (
-    add_changes,
-    joined,
-    read_changes,
-    write_adapter,
-    write_whole,
-)
+from keeptune.experiments.sequence.joined_changes import add_changes, joined, read_changes, write_adapter, write_whole
 from keeptune.experiments.sequence.sequence_record import write_record
 from keeptune.experiments.sequence.stages_section import Stage, StageSequence
 from keeptune.model.blocks import find_targets

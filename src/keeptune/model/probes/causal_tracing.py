@@ -57,10 +57,7 @@ class Noise(Options):
     """
 
     refusal = RecipeError
-    ranges = {
-        "fraction": Range(above=0, most=1, advice="Try 0.5."),
-        "scale": Range(least=0, advice="ROME takes 3."),
-    }
+    ranges = {"fraction": Range(above=0, most=1, advice="Try 0.5."), "scale": Range(least=0, advice="ROME takes 3.")}
 
     fraction: float = 0.5
     scale: float = 3.0

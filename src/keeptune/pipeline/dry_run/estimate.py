@@ -174,11 +174,7 @@ def _config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[A
         check_gguf(name)
     try:
         config = AutoConfig.from_pretrained(
-            place,
-            **file,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
+            place, **file, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
         )
         return config, "a GGUF file" if file else "config.json" if folder.is_dir() else "the hub's cache"
     except (OSError, ValueError, ImportError, struct.error) as error:
