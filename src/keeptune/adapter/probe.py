@@ -1,9 +1,7 @@
 """Random tokens to compare two models on, their logits, and how far these may be apart."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -39,7 +37,7 @@ class Gap:
     relative: float
 
     @classmethod
-    def between(cls, logits: Tensor, wanted: Tensor) -> Gap:
+    def between(cls, logits: Tensor, wanted: Tensor) -> Self:
         """Compares logits of a product on a freshly loaded base with those of what was trained."""
         gap = float((logits - wanted).abs().max())
         return cls(gap, gap / max(float(wanted.abs().max()), 1e-30))

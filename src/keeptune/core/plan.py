@@ -1,11 +1,9 @@
 """Plan: a method's decisions, target by target, with the factors at the first step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -210,7 +208,7 @@ class Plan:
             write_json(fresh / "plan.json", self._record() | version | {"files": files})
 
     @classmethod
-    def load(cls, folder: Path | str) -> Plan:
+    def load(cls, folder: Path | str) -> Self:
         """Reads a saved plan; ``Plan.load`` after ``save`` is the identity.
 
         Raises:

@@ -1,12 +1,10 @@
 """Results of benchmarks: the scores, their interval, and one record per item."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from numpy.typing import NDArray
 
@@ -43,7 +41,7 @@ class BenchmarkResult:
         return "".join(json.dumps(dict(item), ensure_ascii=False, allow_nan=False) + "\n" for item in self.items)
 
     @classmethod
-    def from_jsonl(cls, summary: Mapping[str, Any], text: str) -> BenchmarkResult:
+    def from_jsonl(cls, summary: Mapping[str, Any], text: str) -> Self:
         """Returns the result that was written.
 
         Raises:

@@ -1,7 +1,5 @@
 """Benchmarks scored with two running servers, base and tuned, through lm-eval's API models: what was lost as served."""
 
-from __future__ import annotations
-
 import json
 import urllib.request
 from collections.abc import Mapping
@@ -11,7 +9,7 @@ from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 from tqdm import tqdm
@@ -42,7 +40,7 @@ class Server:
     model: str
 
     @classmethod
-    def at(cls, url: str, model: str | None = None) -> Server:
+    def at(cls, url: str, model: str | None = None) -> Self:
         """Asks a server for its models; ModelError where it does not answer, or which one is meant is not clear."""
         url = url.rstrip("/").removesuffix("/v1")
         listed = [str(entry["id"]) for entry in _ask(f"{url}/v1/models").get("data") or ()]

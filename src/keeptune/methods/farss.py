@@ -21,14 +21,12 @@ h are a target's inputs and δ the gradients of the loss in its outputs, both on
 (17) by ``r < 128``, not by depth, and scales by 128 / r without dividing S by it (``selection="released"``).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -132,7 +130,7 @@ class Farss(ScaledMethod):
         self.need(self.r_min <= self.r_max, "r_min", f"1 to r_max ({self.r_max})")
 
     @classmethod
-    def as_released(cls, rank: int = 128, boundary: int = 7, r_max: int = 64, r_avg: int = 50) -> Farss:
+    def as_released(cls, rank: int = 128, boundary: int = 7, r_max: int = 64, r_avg: int = 50) -> Self:
         """Returns what the authors' repository does; its data are 16 examples whose padding enters the covariances.
 
         Its ``--layer_split_start k`` is a boundary of k + 1. It lowers ``r_max`` to the rank, and ``r_avg`` to that.
@@ -140,7 +138,7 @@ class Farss(ScaledMethod):
         most, average = min(r_max, rank), min(r_avg, r_max, rank)
         return cls(rank=rank, boundary=boundary, r_max=most, r_avg=average, alpha=128.0, selection="released")
 
-    def fitted(self, blocks: int) -> Farss:
+    def fitted(self, blocks: int) -> Self:
         """Returns the method with its boundary decided."""
         if self.boundary != "auto" or self.variant != "farss":
             return self

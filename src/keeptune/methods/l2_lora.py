@@ -14,9 +14,8 @@ Frobenius, of s B A; ``unit="relative"`` divides each target's square by ‖W‖
 every model; ``unit="absolute"`` at rank 32 is (7) as written.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 from keeptune.methods.lora import LoraStart
 from keeptune.penalties.l2 import L2, L2Options, Layers
@@ -33,7 +32,7 @@ class L2Lora(L2Options, LoraStart):
     layers: Layers = "cubic"
 
     @classmethod
-    def as_paper(cls, strength: float, *, rank: int = 32, layers: Layers = "cubic") -> L2Lora:
+    def as_paper(cls, strength: float, *, rank: int = 32, layers: Layers = "cubic") -> Self:
         """Returns eq. 7 as it is written, with the paper's rank; the paper does not give ``strength``, its eta."""
         return cls(rank=rank, strength=strength, layers=layers, unit="absolute")
 

@@ -18,12 +18,10 @@ v1 trains A and B; v2 freezes A, so B A X stays ≈ 0 for every B (14).
 The paper has no alpha: the scale is 1. The paper says "column space" of A in Theorem 1; it is the row space.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -95,7 +93,7 @@ class LoraNull(RankMethod):
     biases: bool = False
 
     @classmethod
-    def as_released(cls, rank: int = 128, variant: Literal["v1", "v2"] = "v1") -> LoraNull:
+    def as_released(cls, rank: int = 128, variant: Literal["v1", "v2"] = "v1") -> Self:
         """Returns what the authors' repository does; its data are packed random windows of 2,048 tokens of NQ-open."""
         return cls(rank=rank, variant=variant, covariance="released", biases=True)
 

@@ -12,13 +12,11 @@ an unlikely label nor as short as that of a certain one, so that its error is sm
 A score is a normal distribution of variance 1/2 under the squared error: v = ±sqrt(2).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -55,7 +53,7 @@ class Head:
         }
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Head | None:
+    def of(cls, model: PreTrainedModel) -> Self | None:
         """Returns the head of a model, or None for a language model."""
         if not head_of(model):
             return None

@@ -1,7 +1,5 @@
 """Processes of one command, started by a configuration for accelerate as TRL has them, and how they ended."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -11,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import yaml
@@ -50,7 +48,7 @@ class Launch:
     minutes: float | None = None
     cpu: bool = False
 
-    def checked(self) -> Launch:
+    def checked(self) -> Self:
         """Returns it with the number of processes and the sharding set; RecipeError where it does not fit."""
         from accelerate.utils import is_port_in_use
 

@@ -5,14 +5,12 @@ is formed one target at a time. What has no such form (a whole model, an adapter
 base when loaded: PiSSA) is compared weight by weight.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -71,7 +69,7 @@ class TrainedModel:
     original: str | None = None
 
     @classmethod
-    def of(cls, source: str, *, base: str | None = None, device: str = "cpu") -> TrainedModel:
+    def of(cls, source: str, *, base: str | None = None, device: str = "cpu") -> Self:
         """Looks a trained model up, without loading it; a base of None is the one that the source names.
 
         Raises:

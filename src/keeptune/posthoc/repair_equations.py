@@ -20,10 +20,9 @@ lengths e of the change along the directions its drift on the knowledge is
     tr(ΔW' Ω_k ΔW'ᵀ) = sum e λ / (1 + μλ)²                                                                       (4)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class Curve:
     scale: float
 
     @classmethod
-    def of(cls, change: LowRank, along: tuple[Tensor, Tensor], scale: float) -> Curve:
+    def of(cls, change: LowRank, along: tuple[Tensor, Tensor], scale: float) -> Self:
         """Returns the curve of ΔW, ``(m, n)``, along the :func:`directions` of its input group."""
         B, (ratios, inverse) = change.B.double(), along
         coordinates = change.A.double() @ inverse.T

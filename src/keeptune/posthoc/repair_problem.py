@@ -1,13 +1,11 @@
 """The problem that repair solves: changes as factors, the covariances of their inputs, and its solution."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -60,7 +58,7 @@ class FactoredModel:
     dropped: tuple[str, ...]
 
     @classmethod
-    def of(cls, trained: TrainedModel) -> FactoredModel:
+    def of(cls, trained: TrainedModel) -> Self:
         """Loads a trained model's changes and its base.
 
         Raises:
