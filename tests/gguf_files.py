@@ -65,8 +65,8 @@ def _tokens(size: int) -> list[str]:
     return (letters + [f"word{index}" for index in range(size)])[:size]
 
 
-def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
-    """Write what llama.cpp reads of a config, and a tokenizer of characters."""
+def _describe(writer: gguf.GGUFWriter, config: Any, tokens: int | None = None) -> None:
+    """Write what llama.cpp reads of a config, and a tokenizer of characters: of all tokens unless told."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -85,19 +85,19 @@ def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(_tokens(config.vocab_size))
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_list(_tokens(tokens or config.vocab_size))
+    writer.add_token_types([gguf.TokenType.NORMAL] * (tokens or config.vocab_size))
     writer.add_token_merges(["Ġ a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
 
 
-def write_base(model: PreTrainedModel, path: Path, architecture: str) -> Path:
+def write_base(model: PreTrainedModel, path: Path, architecture: str, tokens: int | None = None) -> Path:
     """Write a model of any architecture that keeptune exports, by its own layout, with a tokenizer of characters."""
     empty = path.with_suffix(".empty")
     writer = gguf.GGUFWriter(empty, architecture)
-    _describe(writer, model.config)
+    _describe(writer, model.config, tokens)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
