@@ -12,6 +12,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
+from tests.forks import Forks
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -34,6 +35,14 @@ def small_pages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "plotly_source", lambda: "/* plotly.js */")
         yield
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """A process with all libraries, whose forks are commands and launchers' processes."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,7 @@
-"""One process of several that collect statistics and plan together; test_processes.py starts them.
-
-python -m torch.distributed.run --nproc-per-node 2 -m tests.contract.processes FOLDER
-"""
+"""One process of several that collect statistics and plan together; test_processes.py starts them."""
 
 from __future__ import annotations
 
-import gc
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +17,7 @@ from keeptune.core.plan import Plan
 from keeptune.core.processes import by_first, is_first, joined, world
 from keeptune.model.blockwise import BlockwiseRunner
 
-__all__ = ["collect_all", "plan_all"]
+__all__ = ["collect_all", "main", "plan_all"]
 
 LORA, CORDA = CASES["lora rank=4"], CASES["corda rank=4 mode=kpm"]
 
@@ -47,8 +42,13 @@ def plan_all(store: Path) -> dict[str, Plan]:
     return plans | {penalty: bench.plan(LORA, [one]) for penalty, one in PENALTIES.items()}
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     """Collects into a store of its own, and plans from that of one process; notes what is sent meanwhile."""
+    with joined():
+        _work(Path(folder))
+
+
+def _work(folder: Path) -> None:
     sent, count = list[int](), world()
     reduce = dist.all_reduce
 
@@ -63,10 +63,3 @@ def main(folder: Path) -> None:
     by_first(lambda: [plan.save(folder / f"plans-{count}" / str(n)) for n, plan in enumerate(plans.values())])
     if is_first():
         write_json(folder / f"sent-{count}.json", sent)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # as in tests/conftest.py
-    with joined():
-        main(Path(sys.argv[1]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,29 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.contract.processes import collect_all, plan_all
+from tests.forks import Forks
 from tests.models import MODELS
 
 from keeptune.core.artefact import read_json
 from keeptune.model.blocks import find_targets
 
-ROOT = Path(__file__).parents[2]
 COUNTS = [3]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process leaves, and two, and three."""
     folder = tmp_path_factory.mktemp("processes")
     collect_all(folder / "one")
     for number, plan in enumerate(plan_all(folder / "one").values()):
         plan.save(folder / "plans-one" / str(number))
     for count in COUNTS:
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        ended = subprocess.run(
-            [*words, "-m", "tests.contract.processes", str(folder)],
-            cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        forks.together("tests.contract.processes", count, folder)
     return folder
 
 

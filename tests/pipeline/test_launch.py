@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.pipeline.forks import Forks
+from tests.forks import Forks
 from tests.pipeline.support import METHODS, keeptune, values, write_recipe
 
 from keeptune.core.artefact import read_json
@@ -49,13 +49,6 @@ def without(self, **how):
     return stat(self, **how)
 Path.stat = without
 """
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    made = Forks()
-    yield made
-    made.close()
 
 
 def at_training(do: str, *ranks: int) -> str:

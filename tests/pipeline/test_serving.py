@@ -10,14 +10,14 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.assets import STORIES
+from tests.forks import Forks
 from tests.gguf_files import write_base
-from tests.pipeline.forks import Forks
 from tests.pipeline.support import METHODS, keeptune, recipe_of
 from tests.pipeline.test_gguf_export import needs_server
 
@@ -70,13 +70,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    process = Forks()
-    yield process
-    process.close()
 
 
 def lines_of(file: Path, count: int) -> list[str]:

@@ -1,13 +1,8 @@
-"""One process of several that train together; test_distributed.py starts them and compares what they leave.
-
-RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=.. MASTER_PORT=.. python -m tests.training.distributed PLAN OUT
-"""
+"""One process of several that train together; test_distributed.py starts them and compares what they leave."""
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +22,7 @@ from keeptune.hosts.callback import Callback
 from keeptune.methods.keep import Keep
 from keeptune.training.attach import attach
 
-__all__ = ["BACKENDS", "answers", "callbacks", "interrupted", "rows", "scenarios", "trained"]
+__all__ = ["BACKENDS", "answers", "callbacks", "interrupted", "main", "rows", "scenarios", "trained"]
 
 EXAMPLES = 8  # all of them are in each step, so that the order does not matter
 Found = dict[str, Tensor]
@@ -118,8 +113,10 @@ def callbacks(plan: Plan) -> dict[str, Callback]:
     return {"given": Callback(plan=plan), "adopted": Callback(method=Keep(nats=0.001, every=1), knowledge=texts)}
 
 
-def main(plan: Plan, out: Path) -> None:
+def main(folder: str) -> None:
     """Run every scenario under every back-end; the first process writes what it has."""
+    out = Path(folder)
+    plan = Plan.load(out / "plan")
     state = PartialState(cpu=True)
     for backend, sharding in here(BACKENDS).items():
         found = {
@@ -141,9 +138,3 @@ def main(plan: Plan, out: Path) -> None:
             flat = {f"{name}|{key}": value for name, states in found.items() for key, value in states.items()}
             save_file(flat, out / f"{backend}.safetensors")
     state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # as in tests/conftest.py
-    main(Plan.load(sys.argv[1]), Path(sys.argv[2]))

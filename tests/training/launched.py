@@ -1,15 +1,9 @@
-"""What a launcher's processes train, each as the job does; test_launched.py starts them and compares with one process.
-
-WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=.. MASTER_PORT=..
-python -m tests.training.launched FOLDER "CASE;CASE from CHECKPOINT"
-"""
+"""What a launcher's processes train, each as the job does; test_launched.py starts them and compares with one."""
 
 from __future__ import annotations
 
-import gc
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +45,7 @@ from keeptune.training.penalty_engine import Penalties
 from keeptune.training.sharding import asks, load_to_share
 from keeptune.training.trainer import train
 
-__all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "goes_on", "learned", "resumed"]
+__all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "goes_on", "learned", "main", "resumed"]
 
 SHARD = "the shard of the first process"
 STEPS, SAVED, STEP = 12, 6, 6  # of 20 examples: every fourth step has two of them
@@ -178,8 +172,9 @@ def counted(counts: list[int]) -> Iterator[None]:
         yield
 
 
-def main(folder: Path, names: list[str]) -> None:
-    """Trains cases, and then goes on from checkpoints, under every back-end; the first process writes what it has."""
+def main(place: str, *names: str) -> None:
+    """Trains each CASE, or CASE from CHECKPOINT, under every back-end; the first process writes what it has."""
+    folder = Path(place)
     with joined():
         for name in names:
             case, _, source = name.partition(" from ")
@@ -193,14 +188,8 @@ def main(folder: Path, names: list[str]) -> None:
                     if source:
                         found = resumed(plan, folder, source)
                     else:
-                        place = folder / (f"{backend} {world()}" if case == "keep" else "unused")
-                        found = learned(CASES[case], plan, place)
+                        own = folder / (f"{backend} {world()}" if case == "keep" else "unused")
+                        found = learned(CASES[case], plan, own)
                 if is_first():
                     save_file(found, folder / f"{name}, {backend} {world()}.safetensors")
                     write_json(folder / f"{name}, {backend} {world()}.json", counts)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # as in tests/conftest.py
-    main(Path(sys.argv[1]), sys.argv[2].split(";"))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.forks import Forks
 from tests.training.distributed import BACKENDS, answers, callbacks, interrupted, rows, scenarios, trained
 from tests.training.support import every, here, planned
 from torch import Tensor
@@ -24,7 +21,6 @@ from keeptune.methods.pissa import Pissa
 from keeptune.penalties.l2 import L2
 from keeptune.penalties.laplace import Laplace
 
-ROOT = Path(__file__).parents[2]
 SQUARES = L2(strength=0.15, on="factors", unit="absolute")
 SCENARIOS = list(scenarios(1))
 PENALTIES = [SQUARES, L2(strength=300.0)]  # the second has no gradient at the start of PiSSA
@@ -43,27 +39,16 @@ def confined(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def together(plan: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, Tensor]]:
+def together(
+    forks: Forks, plan: Plan, confined: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, dict[str, Tensor]]:
     """What two processes leave, by back-end."""
     folder = tmp_path_factory.mktemp("together")
     plan.save(folder / "plan")
     confined.save(folder / "rows")
     planned(Oplora(rank=2, k=6), [SQUARES]).save(folder / "off")
     planned(Lora(rank=2)).save(folder / "adopted")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = [sys.executable, "-m", "tests.training.distributed", str(folder / "plan"), str(folder)]
-    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-    running = [
-        subprocess.Popen(
-            words, cwd=ROOT, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=900)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in errors)
+    forks.together("tests.training.distributed", 2, folder)
     written = sorted(path.parent.parent.name for path in folder.glob("*/keeptune/report.html"))
     assert written == ["ddp adopted", "ddp given", "fsdp2 given"]
     return {backend: load_file(folder / f"{backend}.safetensors") for backend in here(BACKENDS)}

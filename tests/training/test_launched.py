@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.forks import Forks
 from tests.training.launched import BACKENDS, CASES, SHARD, Found, goes_on, learned, resumed
 from tests.training.support import every, here
 
 from keeptune.core.artefact import read_json
 from keeptune.core.plan import Plan
 
-ROOT = Path(__file__).parents[2]
 ZERO = [f"{name} 2" for name in here(BACKENDS) if name.startswith("zero")]
 OF_THREE = ("keep", "kl", "lora-null v2, residual")
 # Who wrote a checkpoint, and who goes on from it; three processes write theirs as whole files, two in shards.
@@ -42,29 +38,12 @@ def alone(folder: Path) -> dict[str, Found]:
     return found
 
 
-def start(size: int, names: list[str], folder: Path) -> None:
-    """Starts processes and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = [sys.executable, "-m", "tests.training.launched", str(folder), ";".join(names)]
-    env = dict(os.environ, WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-    running = [
-        subprocess.Popen(
-            words, cwd=ROOT, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=900)[1] for process in running]
-    assert {process.returncode for process in running} == {0}, "\n".join(text[-3000:] for text in errors)
-
-
 @pytest.fixture(scope="module")
-def together(folder: Path, alone: Mapping[str, Found]) -> dict[str, Found]:
+def together(forks: Forks, folder: Path, alone: Mapping[str, Found]) -> dict[str, Found]:
     """What several processes train: ``"keep, ddp 2"``, ``"keep from one, ddp 2"`` and the like."""
-    for size, names in ((2, list(CASES)), (3, list(OF_THREE))):
-        start(size, [*names, *(f"keep from {source}" for source, sizes in FROM.items() if size in sizes)], folder)
+    for size, names in ((2, list(CASES)), (3, [*OF_THREE])):
+        names += [f"keep from {source}" for source, sizes in FROM.items() if size in sizes]
+        forks.together("tests.training.launched", size, folder, *names)
     return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
 

@@ -1,23 +1,27 @@
-"""Commands in forks of one process that has loaded all libraries: a launch of three processes then takes seconds.
+"""Processes as forks of one that has loaded all libraries: a launch of three of them then takes seconds.
 
-python -m tests.pipeline.forks; on stdin a line of JSON for each command, on stdout one for each answer.
+python -m tests.forks; on stdin a line of JSON for each command, on stdout one for each answer.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Forks:
@@ -25,7 +29,7 @@ class Forks:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.pipeline.forks"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "tests.forks"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env=os.environ | {"TORCH_CPP_LOG_LEVEL": "FATAL"},
         )  # fmt: skip
 
@@ -43,6 +47,20 @@ class Forks:
         """
         question = {"words": [*map(str, words)], "folder": str(folder), "out": str(out), "env": dict(env or {})}
         return int(self._ask(question | {"before": before}))
+
+    def together(self, module: str, size: int, *words: object) -> None:
+        """Runs ``main(*words)`` of a module in several processes, as a launcher starts them, and waits for them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        with tempfile.TemporaryDirectory() as folder:
+            question = {"module": module, "words": [*map(str, words)], "folder": str(ROOT)}
+            ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+            numbers = [self._ask(question | {"out": f"{folder}/{one['RANK']}", "env": env | one}) for one in ranks]
+            codes = [self.wait(number, 900) for number in numbers]
+            said = [path.read_text(encoding="utf-8")[-3000:] for path in sorted(Path(folder).iterdir())]
+        assert not any(codes), "\n".join(said)
 
     def code(self, pid: int) -> int | None:
         """Returns how a command ended, if it has."""
@@ -67,6 +85,19 @@ class Forks:
         self.process.communicate()
 
 
+def _is_new(question: Mapping[str, Any]) -> None:
+    """Has a folder, outputs and variables of its own from here on."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    random.seed()
+    os.chdir(question["folder"])
+    file = os.open(question["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(question["env"])
+
+
 def _command(question: Mapping[str, Any]) -> None:
     """Is a command from here on; a launcher's processes are forks too."""
     import torch.distributed.run as launcher
@@ -74,14 +105,6 @@ def _command(question: Mapping[str, Any]) -> None:
 
     from keeptune.cli.main import main
 
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    os.chdir(question["folder"])
-    file = os.open(question["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(file, number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(question["env"])
     waits = ProcessContext._join_procs_with_timeout  # for 30 seconds, until what does not end by SIGTERM is killed
     ProcessContext._join_procs_with_timeout = lambda self, _: waits(self, 2)  # type: ignore[method-assign]
     real = launcher.elastic_launch
@@ -115,11 +138,19 @@ def _serve() -> None:
         if "pid" in question:
             pid, status = os.waitpid(question["pid"], os.WNOHANG)
             print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-        elif (pid := os.fork()) == 0:
-            _command(question)
+            continue
+        main = None
+        if "module" in question:
+            main = importlib.import_module(question["module"]).main
+            gc.freeze()
+        if (pid := os.fork()) == 0:
+            _is_new(question)
+            if main is None:
+                _command(question)
+            else:
+                main(*question["words"])
             return
-        else:
-            print(pid, flush=True)
+        print(pid, flush=True)
 
 
 if __name__ == "__main__":
