@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,25 @@ class Forks:
         question = {"words": [*map(str, words)], "folder": str(folder), "out": str(out), "env": dict(env or {})}
         return int(self._ask(question | {"before": before}))
 
-    def together(self, module: str, size: int, *words: object) -> None:
-        """Runs ``main(*words)`` of a module in several processes, as a launcher starts them, and waits for them."""
+    def call(
+        self, function: Callable[..., None], *words: object, out: Path, env: Mapping[str, str] | None = None
+    ) -> int:
+        """Starts a function of a module with words, as a program of its own would be; returns its number."""
+        question = {"function": [function.__module__, function.__name__], "words": [*map(str, words)]}
+        return int(self._ask(question | {"folder": str(ROOT), "out": str(out), "env": dict(env or {})}))
+
+    def together(self, function: Callable[..., None], size: int, *words: object) -> None:
+        """Calls a function in several processes, as a launcher starts them, and waits for them."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         with tempfile.TemporaryDirectory() as folder:
-            question = {"module": module, "words": [*map(str, words)], "folder": str(ROOT)}
-            ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-            numbers = [self._ask(question | {"out": f"{folder}/{one['RANK']}", "env": env | one}) for one in ranks]
+            said = [Path(folder, str(rank)) for rank in range(size)]
+            ranks = [{"RANK": path.name, "LOCAL_RANK": path.name} for path in said]
+            numbers = [self.call(function, *words, out=said[n], env=env | own) for n, own in enumerate(ranks)]
             codes = [self.wait(number, 900) for number in numbers]
-            said = [path.read_text(encoding="utf-8")[-3000:] for path in sorted(Path(folder).iterdir())]
-        assert not any(codes), "\n".join(said)
+            assert not any(codes), "\n".join(path.read_text(encoding="utf-8")[-3000:] for path in said)
 
     def code(self, pid: int) -> int | None:
         """Returns how a command ended, if it has."""
@@ -139,16 +145,16 @@ def _serve() -> None:
             pid, status = os.waitpid(question["pid"], os.WNOHANG)
             print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
             continue
-        main = None
-        if "module" in question:
-            main = importlib.import_module(question["module"]).main
+        if "function" in question:
+            importlib.import_module(question["function"][0])
             gc.freeze()
         if (pid := os.fork()) == 0:
             _is_new(question)
-            if main is None:
-                _command(question)
+            if "function" in question:
+                module, name = question["function"]
+                getattr(sys.modules[module], name)(*question["words"])
             else:
-                main(*question["words"])
+                _command(question)
             return
         print(pid, flush=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.contract.processes import collect_all, plan_all
+from tests.contract.processes import collect_all, main, plan_all
 from tests.forks import Forks
 from tests.models import MODELS
 
@@ -26,7 +26,7 @@ def folder(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, plan in enumerate(plan_all(folder / "one").values()):
         plan.save(folder / "plans-one" / str(number))
     for count in COUNTS:
-        forks.together("tests.contract.processes", count, folder)
+        forks.together(main, count, folder)
     return folder
 
 

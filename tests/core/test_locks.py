@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.forks import Forks
 from tests.models import full_disk
 
 from keeptune.core.errors import ArtefactError
 from keeptune.core.locks import locked, owned
 
-HOLDER = """
-import sys
-from pathlib import Path
-from keeptune.core.locks import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(how: str, path: str) -> None:
+    """Holds a lock until it is killed."""
+    with {"locked": locked, "owned": owned}[how](Path(path)):
+        print("held", flush=True)
+        signal.pause()
 
 
-def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
+@contextmanager
+def another(forks: Forks, how: str, path: Path, out: Path) -> Iterator[int]:
+    """A process that holds a lock, by its number."""
+    pid = forks.call(hold, how, path, out=out)
+    while not out.exists() or out.read_text(encoding="utf-8") != "held\n":
+        assert forks.code(pid) is None
+        time.sleep(0.01)
+    yield pid
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait(pid) == -signal.SIGKILL
+
+
+def test_a_lock_is_held_by_one_process_and_ends_with_it(forks: Forks, tmp_path: Path) -> None:
     path = tmp_path / "new" / "lock"
-    command = [sys.executable, "-c", HOLDER, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with locked(path, wait=False) as ours:
-            assert not ours
-        other.kill()
+    with another(forks, "locked", path, tmp_path / "said"), locked(path, wait=False) as ours:
+        assert not ours
     with locked(path) as ours:
         assert ours
     with locked(path, wait=False) as ours:
@@ -47,17 +56,14 @@ def test_a_removed_lock_is_no_lock(tmp_path: Path) -> None:
                 assert not third
 
 
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+def test_a_folder_has_one_writer(forks: Forks, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    holder = HOLDER.replace("locked", "owned")
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ArtefactError, match=f"another keeptune writes to .process {other.pid} on "), owned(folder):
-            pass
-        other.kill()
+    with (
+        another(forks, "owned", folder, tmp_path / "said") as pid,
+        pytest.raises(ArtefactError, match=f"another keeptune writes to .process {pid} on "),
+        owned(folder),
+    ):
+        pass
     with owned(folder):
         assert [path.name for path in folder.iterdir()] == [".owner"]
     assert not folder.exists(), "nothing was written"

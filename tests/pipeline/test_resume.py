@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.forks import Forks
 from tests.pipeline.support import METHODS, recipe_of, values, write_recipe
 from torch import Tensor
 from transformers import Trainer
@@ -240,19 +239,17 @@ def test_no_whole_checkpoint_means_from_the_start(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
-def test_kill_nine_of_the_command(whole: Any, tmp_path: Path) -> None:
+def test_kill_nine_of_the_command(forks: Forks, whole: Any, tmp_path: Path) -> None:
     given, reference = whole("lora")
     output = tmp_path / "out"
     recipe = write_recipe(tmp_path / "recipe.yaml", given | {"output": str(output)})
-    command = [str(Path(sys.executable).with_name("keeptune")), "train", str(recipe)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pid = forks.start("train", recipe, folder=tmp_path, out=tmp_path / "said")
     until = time.monotonic() + 100
-    while not list(output.glob("checkpoints/*/checkpoint-2")) and process.poll() is None:
+    while not list(output.glob("checkpoints/*/checkpoint-2")) and forks.code(pid) is None:
         assert time.monotonic() < until
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait(pid) == -signal.SIGKILL
     assert not (output / "trained").exists()
     train_in(output, given)
     for name, value in trained(reference).items():

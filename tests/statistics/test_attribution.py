@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.forks import Forks
 from tests.models import calibration, in_memory, llama, shard, task
 from tests.reference.attribution_reference import attribution
 from torch import Tensor
@@ -111,27 +110,24 @@ def test_neither_order_nor_shards_nor_passes_matter(tmp_path: Path, attributed: 
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
-def test_a_killed_run_goes_on_at_the_text_it_was_at(tmp_path: Path, attributed: list[int]) -> None:
+def killed(folder: str) -> None:
+    """Attributes, and is killed at the fifth text that it puts."""
+    real, count = StatStore.put, [0]
+
+    def put(self: StatStore, recipe: Any, value: Tensor) -> None:
+        if count[0] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count[0] += 1
+        real(self, recipe, value)
+
+    StatStore.put = put  # type: ignore[method-assign]
+    gathered(llama(), calibration(), Path(folder))
+
+
+def test_a_killed_run_goes_on_at_the_text_it_was_at(forks: Forks, tmp_path: Path, attributed: list[int]) -> None:
     model, data = llama(), calibration()
     wanted = values(gathered(model, data, tmp_path / "whole"))
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from pathlib import Path
-from tests.models import calibration, llama
-from tests.statistics.test_attribution import gathered
-from keeptune.statistics.store import StatStore
-real, count = StatStore.put, [0]
-def put(self, recipe, value):
-    if count[0] == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    count[0] += 1
-    real(self, recipe, value)
-StatStore.put = put
-gathered(llama(), calibration(), Path({str(tmp_path / "killed")!r}))
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ)
-    assert done.returncode == -signal.SIGKILL
+    assert forks.wait(forks.call(killed, tmp_path / "killed", out=tmp_path / "said")) == -signal.SIGKILL
     assert len(texts_of(tmp_path / "killed")) == 4
     attributed.clear()
     torch.testing.assert_close(values(gathered(model, data, tmp_path / "killed")), wanted, rtol=0, atol=1e-6)

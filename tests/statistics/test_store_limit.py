@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from tests.forks import Forks
 from tests.models import MODELS, Bench, counted_passes, full_disk
 
 from keeptune.core import artefact
@@ -47,37 +47,44 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("??/*/*"))
 
 
-PUTTER = """
-import sys, torch
-from pathlib import Path
-from keeptune.statistics.store import StatStore
-folder, limit, first, last, numbers = Path(sys.argv[1]), *map(int, sys.argv[2:])
-store = StatStore(folder, limit)
-for number in range(first, last):
-    if {each}:
-        store = StatStore(folder, limit)
-    value = torch.full((numbers,), float(number))
-    store.put({{"number": number}}, value)
-    found = store.get({{"number": number}})
-    assert torch.equal(found, value)
-print("put", flush=True)
-sys.stdin.read()
-"""
+def put_here(folder: str, first: str, last: str, how: str) -> None:
+    """Puts entries and reads each; then holds them, or has a new store for each and ends."""
+    store = StatStore(Path(folder), THREE)
+    for number in range(int(first), int(last)):
+        if how == "each":
+            store = StatStore(Path(folder), THREE)
+        value = torch.full((NUMBERS,), float(number))
+        store.put(recipe(number), value)
+        found = store.get(recipe(number))
+        assert torch.equal(found, value)
+    print("put", flush=True)
+    if how == "hold":
+        signal.pause()
 
 
-def start(folder: Path, numbers: range, *, each: bool = False, limit: int = THREE) -> subprocess.Popen[str]:
-    words = [PUTTER.format(each=each), str(folder), *map(str, (limit, numbers.start, numbers.stop, NUMBERS))]
-    return subprocess.Popen([sys.executable, "-c", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def start(forks: Forks, folder: Path, numbers: range, how: str) -> tuple[int, Path]:
+    """Starts a process that puts entries; returns its number, and the file of what it says."""
+    said = folder.with_name(f"said-{numbers.start}")
+    return forks.call(put_here, folder, numbers.start, numbers.stop, how, out=said), said
 
 
 @contextmanager
-def another(folder: Path, numbers: range) -> Iterator[subprocess.Popen[str]]:
-    """A process that has put entries and still uses them."""
-    with start(folder, numbers) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "put\n"
-        yield process
-        process.kill()
+def another(forks: Forks, folder: Path, numbers: range) -> Iterator[Callable[[], None]]:
+    """A process that has put entries and still uses them; what is given kills it."""
+    pid, said = start(forks, folder, numbers, "hold")
+    while not said.exists() or said.read_text(encoding="utf-8") != "put\n":
+        assert forks.code(pid) is None
+        time.sleep(0.01)
+    ended: list[int] = []
+
+    def kill() -> None:
+        os.kill(pid, signal.SIGKILL)
+        ended.append(forks.wait(pid))
+
+    yield kill
+    if not ended:
+        kill()
+    assert ended == [-signal.SIGKILL]
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -133,22 +140,22 @@ def test_what_is_in_use_stays_and_the_excess_is_told(
     assert held(tmp_path) == {2, 3, 4}
 
 
-def test_what_another_process_uses_stays_until_it_is_gone(tmp_path: Path) -> None:
-    with another(tmp_path, range(2)) as process:
+def test_what_another_process_uses_stays_until_it_is_gone(forks: Forks, tmp_path: Path) -> None:
+    tmp_path /= "store"
+    with another(forks, tmp_path, range(2)) as kill:
         put(tmp_path, 2, 3, 4)
         assert held(tmp_path) == {0, 1, 4}
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill()
         put(tmp_path, 5)
         assert held(tmp_path) == {1, 4, 5}
 
 
-def test_processes_that_evict_at_once(tmp_path: Path) -> None:
+def test_processes_that_evict_at_once(forks: Forks, tmp_path: Path) -> None:
     """Each reads what it has just written; together they stay within the limit, but for what is in use."""
-    several = [start(tmp_path, range(10 * i, 10 * i + 10), each=True) for i in range(2)]
-    for process in several:
-        said, _ = process.communicate(timeout=120)
-        assert (process.returncode, said) == (0, "put\n")
+    tmp_path /= "store"
+    several = [start(forks, tmp_path, range(10 * i, 10 * i + 10), "each") for i in range(2)]
+    for pid, said in several:
+        assert (forks.wait(pid), said.read_text(encoding="utf-8")) == (0, "put\n")
     put(tmp_path, 40)
     assert len(held(tmp_path)) == 3
     assert size(tmp_path) <= THREE
@@ -180,8 +187,9 @@ def test_leftovers_of_killed_writes_go_at_the_next_start(tmp_path: Path, caplog:
     assert f"{left}: left over by a killed run, removed" in caplog.text
 
 
-def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
-    with another(tmp_path, range(1)):
+def test_what_another_process_is_writing_is_no_leftover(forks: Forks, tmp_path: Path) -> None:
+    tmp_path /= "store"
+    with another(forks, tmp_path, range(1)):
         writing = leftover(tmp_path, 0)
         put(tmp_path, 1)
         assert writing.exists()

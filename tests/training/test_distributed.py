@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.forks import Forks
-from tests.training.distributed import BACKENDS, answers, callbacks, interrupted, rows, scenarios, trained
+from tests.training.distributed import BACKENDS, answers, callbacks, interrupted, main, rows, scenarios, trained
 from tests.training.support import every, here, planned
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def together(
     confined.save(folder / "rows")
     planned(Oplora(rank=2, k=6), [SQUARES]).save(folder / "off")
     planned(Lora(rank=2)).save(folder / "adopted")
-    forks.together("tests.training.distributed", 2, folder)
+    forks.together(main, 2, folder)
     written = sorted(path.parent.parent.name for path in folder.glob("*/keeptune/report.html"))
     assert written == ["ddp adopted", "ddp given", "fsdp2 given"]
     return {backend: load_file(folder / f"{backend}.safetensors") for backend in here(BACKENDS)}

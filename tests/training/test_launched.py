@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.forks import Forks
-from tests.training.launched import BACKENDS, CASES, SHARD, Found, goes_on, learned, resumed
+from tests.training.launched import BACKENDS, CASES, SHARD, Found, goes_on, learned, main, resumed
 from tests.training.support import every, here
 
 from keeptune.core.artefact import read_json
@@ -43,7 +43,7 @@ def together(forks: Forks, folder: Path, alone: Mapping[str, Found]) -> dict[str
     """What several processes train: ``"keep, ddp 2"``, ``"keep from one, ddp 2"`` and the like."""
     for size, names in ((2, list(CASES)), (3, [*OF_THREE])):
         names += [f"keep from {source}" for source, sizes in FROM.items() if size in sizes]
-        forks.together("tests.training.launched", size, folder, *names)
+        forks.together(main, size, folder, *names)
     return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
 

@@ -6,8 +6,6 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.forks import Forks
 from tests.models import logits, relative, tokens
 from tests.pipeline.support import MODEL, keeptune, write_recipe
 from torch import Tensor
@@ -288,21 +287,22 @@ def test_killed_between_stages_it_goes_on(
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_training_it_goes_on(finished: Any, recipe_of_stages: Any, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_training_it_goes_on(
+    forks: Forks, finished: Any, recipe_of_stages: Any, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     values = recipe_of_stages(output)
     values["train"] |= {"save_steps": 2}
     path = write_recipe(tmp_path / "recipe.yaml", values)
     for part in ("stages", "after"):
         shutil.copytree(finished[0].output / part / "1-cats", output / part / "1-cats")
-    command = [sys.executable, "-c", "from keeptune.cli.main import main; main()", "run", str(path)]
     saved = output / "stages" / "2-dogs" / "checkpoints"
-    started = subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stderr=subprocess.DEVNULL)
+    pid = forks.start("run", path, folder=tmp_path, out=tmp_path / "said")
     deadline = time.monotonic() + 300
-    while not list(saved.glob("*/checkpoint-2")) and started.poll() is None and time.monotonic() < deadline:
+    while not list(saved.glob("*/checkpoint-2")) and forks.code(pid) is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait(pid) == -signal.SIGKILL
     assert not (output / "after" / "2-dogs").exists()
     run_sequence(make_sequence(values, folder=Path(), where="recipe"))
     weights, scores = product(output)
