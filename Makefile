@@ -25,7 +25,9 @@ $(BIN)/.dev: $(BIN)/keeptune
 demo: $(BIN)/keeptune
 	$(BIN)/keeptune demo
 
-test: lint unit
+# The checks of lint have one process, and are done beside the tests.
+test: $(BIN)/.dev
+	$(MAKE) --no-print-directory --jobs 2 lint unit
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .
