@@ -260,13 +260,16 @@ def test_left_over_temporary_folders_confuse_nothing(done: Any, tmp_path: Path) 
     given, folder, _ = done
     output = Path(shutil.copytree(folder, tmp_path / "out"))
     for stage in ("plan", "adapter", "trained", "merged"):
-        (output / f".{stage}.x1y2z3").mkdir(parents=True)
-        (output / f".{stage}.x1y2z3" / "plan.json").write_text("{", encoding="utf-8")
-        (output / f".{stage}.old.x1y2z3" / stage).mkdir(parents=True)
-    (output / ".report.json.abc").write_text("{", encoding="utf-8")
+        (output / f".{stage}.01234abc" / stage).mkdir(parents=True)
+        (output / f".{stage}.01234abc" / "plan.json").write_text("{", encoding="utf-8")
+    in_store = output / "store" / "01" / f".{'01' * 32}.01234abc" / ".value.safetensors.01234abc"  # another's, perhaps
+    in_store.parent.mkdir(parents=True)
+    mine = [in_store, output / ".notes.txt", output / ".report.json.abc"]
+    for path in (*mine, output / ".report.json.01234abc", output / "evaluation/.sums.json.01234abc"):
+        path.write_text("{", encoding="utf-8")
     report = run(recipe_of(given | {"output": str(output)}))
     assert report["methods"][0]["adapter"] == str(output / "adapter")
-    assert [path.name for path in output.glob(".*")] == [".report.json.abc"]
+    assert sorted(path for path in output.rglob(".*") if path.is_file()) == sorted(mine)
 
 
 def test_a_training_of_before_the_checksums_of_all_files_is_exported(done: Any, tmp_path: Path) -> None:

@@ -100,6 +100,21 @@ def test_kept_reports_are_not_written_again(finished: Finished, tmp_path: Path) 
     assert (tmp_path / "report.json").stat().st_mtime_ns != stamp
 
 
+def test_killed_between_page_and_record_both_are_written_anew(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report([finished("lora")], tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("keeptune.pipeline.reporting.write_json", _killed)
+        write_report([finished("lora-null-v1")], tmp_path, keep=True)
+    report = write_report([finished("lora-null-v1")], tmp_path, keep=True)
+    assert report["created"] in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("path", "key", "stage"),
     [

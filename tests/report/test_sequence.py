@@ -137,6 +137,8 @@ def test_figures_are_saved_and_items_are_found_beside_each_adapter(tmp_path: Pat
     (row,) = island((tmp_path / "report.html").read_text("utf-8"))["items"]
     assert (row["label"], row["kind"], row["index"]) == ("after sums", "lost", 4)
     names = {path.name for path in (tmp_path / "figures").iterdir()}
+    times = [path.stat().st_mtime_ns for path in (*(tmp_path / "figures").iterdir(), tmp_path / "report.html")]
+    assert max(times) == times[-1], "where the page is, all is: a run that was killed writes it again"
     drawn = ("matrix0", "matrix1", "lines0", "lines1", "course")
     assert names == {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
 

@@ -131,7 +131,7 @@ def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, po
         base_model_name_or_path=base,
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(layers.keys() - plan.experts.keys()),
+        target_modules=[],
         target_parameters=sorted(plan.experts) or None,
         rank_pattern=ranks,
         alpha_pattern=ranks,
@@ -143,6 +143,7 @@ def write_lora(change: TrainedChange, plan: Plan, folder: Path, base: str, *, po
         ensure_weight_tying=bool(plan.peft.get("ensure_weight_tying")),
         inference_mode=True,
     )
+    config.target_modules = sorted(layers.keys() - plan.experts.keys())  # a set, to PEFT, whose order no seed decides
     config.save_pretrained(str(folder))
     tensors = {f"{name}.lora_magnitude_vector.weight": value for name, value in change.magnitudes.items()}
     tensors |= change.head

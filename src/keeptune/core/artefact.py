@@ -26,22 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from keeptune.core.errors import ArtefactError
+from keeptune.core.errors import ArtefactError, KeeptuneError
 from keeptune.core.offload import stored_value
 
 _log = logging.getLogger(__name__)
 _DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 _PLACE_CODES = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
-# safetensors reports the operating system's error only in its text, torch.save not even there.
-_DISK_TEXTS = (
-    "No space left",
-    "code: 28",
-    "failed writing file",
-    "PytorchStreamWriter",
-    "unexpected pos",
-    "iostream error",
-)
+# safetensors and tokenizers report the operating system's error only in their text, torch.save not even there.
+_OS_ERROR = re.compile(r"(?:\(os error|Os \{ code:) (\d+)")
+_DISK_TEXTS = ("No space left", "failed writing file", "PytorchStreamWriter", "unexpected pos", "iostream error")
 _TOKEN = re.compile(r"\b(hf_|api_org_|sk-|ghp_|github_pat_|glpat-|xox[bp]-|AKIA)[\w-]{16,}")
+_LEFT, _ENTRY = re.compile(r"\..+\.[0-9a-f]{8}"), re.compile(r"\.?[0-9a-f]{64}(\.[0-9a-f]{8})?")
 _NOT_THE_FUNCTION = (  # config fields that do not change what a model computes of given tokens
     {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "return_dict", "use_cache"}
     | {"id2label", "label2id", "problem_type", "task_specific_params"}
@@ -114,8 +109,11 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     """Raises an ArtefactError for a full or read-only disk, whichever library meets it."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
+    except KeeptuneError:
+        raise
+    except Exception as error:  # which is all that tokenizers raises
+        named = _OS_ERROR.search(str(error))
+        code = getattr(error, "errno", None) or (named and int(named[1]))
         if code in _PLACE_CODES:
             raise ArtefactError(
                 str(getattr(error, "filename2", None) or getattr(error, "filename", None) or path),
@@ -238,10 +236,19 @@ def _readable(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what :func:`atomic_directory` left behind in a run that was killed, and logs it."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        _log.info("%s: left over by a killed run, removed", left)
-        shutil.rmtree(left, ignore_errors=True)
+    """Removes what killed writes left below a folder that this process holds, and beside it for it; logs it.
+
+    A store that lies in it has other users, and looks after itself.
+    """
+    for left in [*path.parent.glob(f".{path.name}.*"), *path.rglob(".*")]:
+        if _LEFT.fullmatch(left.name) and not any(
+            _ENTRY.fullmatch(part) for part in left.relative_to(path.parent).parts
+        ):
+            _log.info("%s: left over by a killed run, removed", left)
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from keeptune.core.artefact import write_bytes
+from keeptune.core.artefact import remove_leftovers, write_bytes
 from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
 from keeptune.core.processes import by_first, is_first, world
@@ -129,6 +129,7 @@ def only_one(output: Path) -> Iterator[None]:
                 wanted="one at a time",
                 next_step="Wait for the other command, or choose another output.",
             )
+        remove_leftovers(output)
         yield
 
 

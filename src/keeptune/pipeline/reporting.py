@@ -186,10 +186,10 @@ def write_report(
         if report == {key: value for key, value in there.items() if key != "created"}:
             return there
     report["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(record, report)
     from keeptune.report.pages.run_page import write_html  # loads plotly
 
     write_html(report, page, _extras(runs, entries, output))
+    write_json(record, report)  # last: where it is, the page is of it
     return report
 
 

@@ -33,7 +33,6 @@ from keeptune.recipe.schema import Recipe
 from keeptune.statistics.collect import Statistics
 
 _log = logging.getLogger(__name__)
-_STAGE_FOLDERS = ("plan", "trained", "adapter", "merged")
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -87,8 +86,7 @@ def _opened(job: Job) -> Job:
     """Removes what killed stages left in a checked job's run folder."""
 
     def tidy() -> None:
-        for stage in _STAGE_FOLDERS:
-            remove_leftovers(job.output / stage)
+        remove_leftovers(job.output)
         if (job.output / "recipe.json").exists():
             _write_recipe(job)
 

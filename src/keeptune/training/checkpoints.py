@@ -5,6 +5,7 @@ any number of processes; where a training is divided otherwise than its checkpoi
 """
 
 import logging
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -66,7 +67,15 @@ def go_on(trainer: Any, checkpoint: Path) -> None:
         _load_weights(trainer, checkpoint, written)
         trainer._load_from_checkpoint = lambda *_: None
         trainer._load_optimizer_and_scheduler = lambda _: _load_optimizer(trainer, checkpoint, written)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    except pickle.UnpicklingError as error:  # its checksums are right: somebody else wrote both
+        raise ArtefactError(
+            str(checkpoint),
+            got="pickled objects that training does not write: nothing of them was run",
+            wanted="a checkpoint as training wrote it",
+            next_step="Remove it; training goes on from the one before it, or from the start.",
+        ) from error
 
 
 def _load_weights(trainer: Any, checkpoint: Path, written: str | None) -> None:

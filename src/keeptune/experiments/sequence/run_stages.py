@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from keeptune.adapter.export import format_for
 from keeptune.adapter.load import load_adapter
 from keeptune.adapter.probe import gap_to, logits_of
-from keeptune.core.artefact import content_key, file_fingerprint, read_json, remove_leftovers, write_json
+from keeptune.core.artefact import content_key, file_fingerprint, read_json, write_json
 from keeptune.core.errors import ExportError, ModelError, placed
-from keeptune.core.processes import by_first, is_first
+from keeptune.core.processes import by_first
 from keeptune.core.weights import is_quantised
 from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.experiments.engine import only_one
@@ -118,9 +118,6 @@ def _check(sequence: StageSequence, model: PreTrainedModel) -> None:
         job = Job(stage.recipe)
         placed(f"stage {stage.name}", job.check)
         placed(f"stage {stage.name}", partial(find_targets, model, stage.recipe.targets, stage.recipe.layers))
-    models = [f"models/{stage.folder}" for stage in sequence.stages]
-    for name in (*models, "adapter", "merged") if is_first() else ():
-        remove_leftovers(sequence.output / name)
 
 
 def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
@@ -168,7 +165,6 @@ def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from:
 def _record_product(course: _Course, stage: Stage, done: Sequence[_Done], job: Job, whole: bool) -> dict[str, Any]:
     result = find_result(job.output)
     product = course.output / "after" / stage.folder / ("merged" if whole else "adapter")
-    remove_leftovers(product)
     rank = _write_product(course, stage, done, result, product)
     logits, wanted = (logits_of(_load(of, folder), job.probe) for of, folder in ((course.base, product), (job, result)))
     gap = gap_to(logits, wanted, course.dtype, course.wanted.max_gap, "product")

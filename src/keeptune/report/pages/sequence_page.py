@@ -20,8 +20,9 @@ def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
     Raises:
         ArtefactError: The record lacks something, or a file cannot be written.
     """
-    write_text(Path(path), render_sequence(record))
+    page = render_sequence(record)
     write_figures([*matrices(record), *lines(record), course(record)], Path(path).parent / "figures")
+    write_text(Path(path), page)  # last: where it is, all is
 
 
 @complete("sequence.json", "Run the sequence again; it makes the record anew from the stages that are there.")
