@@ -2,7 +2,8 @@
 # make bench   speed and memory as ratios          make study  slow studies: sweeps, three seeds
 # make lint    style, types, import layers         make unit   the tests alone
 # make site    the documentation in build/site     make wheel  what an index takes, in dist
-.PHONY: demo test lint unit bench study site wheel clean
+# make attack  kills, full disks, damages, hostile files: half an hour and more, goes on where it was stopped
+.PHONY: demo test lint unit bench study attack site wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -57,6 +58,10 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/sequence.py
 	$(BIN)/python studies/models.py smollm2 && $(BIN)/python studies/models.py gemma3
 	$(BIN)/python -m studies.real $(DATA) && $(BIN)/python -m studies.real --tables
+
+# TRIES: of each attack; without it as many as studies/attack.py says.
+attack: $(BIN)/.dev
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m studies.attack $(if $(TRIES),--tries $(TRIES))
 
 site: $(BIN)/.dev
 	$(BIN)/mkdocs build --strict

@@ -1,17 +1,14 @@
 """Kill launches of two processes with SIGKILL at random moments, start them again, and compare what they end with.
 
-`python studies/kills_processes.py FOLDER --kills 20 --seed 0` runs a small job on atlas once to its end, and then kills
-in turn one of two processes, their launcher, and the second of two agents of `torchrun --nnodes 2` (static, and c10d)
-at moments between the first thing that they write and the end. What was killed must leave no process and no held lock,
-and the same command must end with the adapter of the run that nobody killed, to 1e-5. `--first 5 --kills 5` does a part
-of them: the moments are drawn from the seed all the same.
+A part of `make attack`. A small job on atlas is run once to its end, and then one of two processes is killed in turn,
+their launcher, and the second of two agents of `torchrun --nnodes 2` (static, and c10d) at moments between the first
+thing that they write and the end. What was killed must leave no process and no held lock, and the same command must end
+with the adapter of the run that nobody killed, to 1e-5.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import shutil
 import socket
@@ -144,36 +141,23 @@ def gap(one: Path, other: Path) -> float:
     return max(float((found[name] - value).abs().max()) for name, value in wanted.items())
 
 
-def main() -> int:
-    """Run the whole one and the trials; the exit code says whether all ended as they must."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    folder = given.folder.resolve()
+def kill_launch(number: int, seed: int, work: Path) -> tuple[list[str], dict[str, Any]]:
+    """Kill one of several processes, which one by turns; the work is measured in a launch that nobody kills."""
+    folder = work / "launches"
     took = folder / "whole" / "seconds.json"
     if not took.is_file():
         shutil.rmtree(folder / "whole", ignore_errors=True)
         agents = started("process", written(folder / "whole"))
         begun = written_first(agents, folder / "whole")
-        assert [agent.wait() for agent in agents] == [0]
+        codes = [agent.wait() for agent in agents]
+        if any(codes):
+            raise RuntimeError(f"the launch that nobody kills ended with {codes}")
         took.write_text(json.dumps(time.monotonic() - begun), encoding="utf-8")
     seconds = json.loads(took.read_text(encoding="utf-8"))
-    print(f"seed {given.seed}; a whole run works for {seconds:.1f} s", flush=True)
-    bad = 0
-    for number in range(given.first, given.first + given.kills):
-        drawn = random.Random(f"{given.seed} {number}")
-        kind, share = KINDS[number % len(KINDS)], drawn.random()
-        said = trial(kind, share, folder / "killed", seconds, drawn)
-        good = said["gap"] <= BOUND and not said["orphans"] and not any(said["again"])
-        bad += not good
-        print(f"{number:3d} {kind:14s} at {share * seconds:5.1f} s ({said['at']}): {said}", flush=True)
-    print(f"{given.kills - bad} of {given.kills} ended as the run that nobody killed, to {BOUND:g}")
-    return int(bad > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    drawn = random.Random(f"{seed} {number}")
+    kind, share = KINDS[number % len(KINDS)], drawn.random()
+    said = trial(kind, share, folder / "killed", seconds, drawn)
+    problems = [f"the adapter is {said['gap']:g} off"] * (said["gap"] > BOUND)
+    problems += ["a process or a held lock is left"] * bool(said["orphans"])
+    problems += [f"exit codes {said['again']}"] * any(said["again"])
+    return problems, said | {"kind": kind, "kills": int(not said["ended"])}
