@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from keeptune.core.artefact import (
     write_tensors,
 )
 from keeptune.core.errors import ArtefactError
+from keeptune.core.redaction import redacted
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
@@ -331,6 +333,36 @@ def test_no_access_token_is_written(token: str, tmp_path: Path) -> None:
     assert token[8:] not in written
     assert "***@hub" in written
     assert "disk-labelling-of-everything" in written
+
+
+NAMES = ["api_key", "WANDB_API_KEY", "hub_token", "auth-token", "clientSecret", "password", "S_TOKEN"]
+SECRET = st.text(st.sampled_from("abcXYZ019-_.~+/"), min_size=20, max_size=40).map("x{}".format)
+
+
+@given(SECRET, st.sampled_from(NAMES))
+def test_what_stands_under_a_name_of_secrets_is_written_in_no_form(secret: str, name: str) -> None:
+    written = json.dumps({name: secret})
+    for text in (written, f"{name}: {secret}", f"{name}={secret}", json.dumps(written)):
+        assert secret not in redacted(text)
+        assert redacted(redacted(text)) == redacted(text)
+        assert not text.startswith("{") or json.loads(redacted(text)) == {name: "***"}
+
+
+def test_a_secret_of_the_environment_is_known_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
+    assert redacted(f"run {'0123456789abcdef' * 2} of x") == "run *** of x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"eos_token": "<|endoftext|>"}', '{"key": "' + "0a" * 32 + '"}', '"api_key": null', "the secret: "),
+        *("hf://datasets/org/name@revision", "http://127.0.0.1:8000/v1", "/data/hf_models_of_mine_in_2026/x"),
+        *("a sk-learn-compatible-estimator", "https://hub.co/a@b:c", "max_tokens=1000000000", "keys: [q_proj, k_proj]"),
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redacted(text) == text
 
 
 def test_a_tensor_that_another_package_packs_is_told_by_its_parts() -> None:

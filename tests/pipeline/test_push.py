@@ -131,9 +131,10 @@ def test_nobody_logged_in(finished: Finished, hub: type[Hub], monkeypatch: pytes
     assert hub.asked == []
 
 
-def test_a_file_with_a_token_stays_here(finished: Finished, hub: type[Hub], tmp_path: Path) -> None:
+@pytest.mark.parametrize("secret", [TOKEN, "wandb_api_key: 0123456789abcdef", "https://me:pass-word@host"])
+def test_a_file_with_a_token_stays_here(finished: Finished, hub: type[Hub], tmp_path: Path, secret: str) -> None:
     adapter = Path(shutil.copytree(finished("lora") / "adapter", tmp_path / "adapter"))
-    (adapter / "notes.txt").write_text(f"token: {TOKEN}", "utf-8")
+    (adapter / "notes.txt").write_text(f"by {secret}", "utf-8")
     with pytest.raises(RecipeError, match=r"notes\.txt"):
         push(adapter, "org/tuned", base="org/tiny")
     assert hub.asked == []

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from keeptune.core.errors import ArtefactError, KeeptuneError
 from keeptune.core.offload import stored_value
+from keeptune.core.redaction import redacted
 
 _log = logging.getLogger(__name__)
 _DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -35,7 +36,6 @@ _PLACE_CODES = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 # safetensors and tokenizers report the operating system's error only in their text, torch.save not even there.
 _OS_ERROR = re.compile(r"(?:\(os error|Os \{ code:) (\d+)")
 _DISK_TEXTS = ("No space left", "failed writing file", "PytorchStreamWriter", "unexpected pos", "iostream error")
-_TOKEN = re.compile(r"\b(hf_|api_org_|sk-|ghp_|github_pat_|glpat-|xox[bp]-|AKIA)[\w-]{16,}")
 _LEFT, _ENTRY = re.compile(r"\..+\.[0-9a-f]{8}"), re.compile(r"\.?[0-9a-f]{64}(\.[0-9a-f]{8})?")
 _NOT_THE_FUNCTION = (  # config fields that do not change what a model computes of given tokens
     {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "return_dict", "use_cache"}
@@ -152,11 +152,8 @@ def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text whole or not at all, without what looks like an access token.
-
-    Law: no file of keeptune's own that is text holds a token of the hub, of a tracker or of a model provider.
-    """
-    write_bytes(path, _TOKEN.sub(lambda match: f"{match.group(1)}***", text).encode())
+    """Writes text whole or not at all, without secrets (:func:`redacted`), as every text of keeptune's own."""
+    write_bytes(path, redacted(text).encode())
 
 
 def write_json(path: Path, value: Any) -> None:

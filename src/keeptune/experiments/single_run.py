@@ -22,6 +22,7 @@ from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
 from keeptune.core.processes import by_first, held_by_first, met_by_all, world
+from keeptune.core.redaction import redacted
 from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
 from keeptune.pipeline.export import export_stage
@@ -140,6 +141,11 @@ def _stages(task: RunTask) -> None:
         score_variants(job, task.variants, kept=kept)
 
 
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 @contextlib.contextmanager
 def _held(folder: Path, warned: list[str]) -> Iterator[None]:
     """Locks a run's folder and writes its log there, warnings of libraries included; the warnings go to a list too."""
@@ -147,7 +153,7 @@ def _held(folder: Path, warned: list[str]) -> Iterator[None]:
     with locked(folder / ".lock"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
         buffer = logging.handlers.BufferingHandler(10**6)
         buffer.setLevel(logging.WARNING)
         level = logger.level

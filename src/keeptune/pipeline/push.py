@@ -11,13 +11,13 @@ from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 from keeptune.adapter.load import SIDECAR
 from keeptune.core.artefact import read_json, write_text
 from keeptune.core.errors import ExportError, RecipeError
+from keeptune.core.redaction import redacted
 from keeptune.evaluation.results import trade_off
 from keeptune.pipeline.reporting import FinishedRun
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.report.pages.card import model_card
 
 _OWN_TEXTS = ("README.md", "adapter_config.json", SIDECAR)  # where paths of this machine become names on the hub
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 
 
 def push(
@@ -71,9 +71,10 @@ def push(
             (staged / one).unlink(missing_ok=True)
             write_text(staged / one, text)
         found = sorted(staged.iterdir())
-        leaks = [one.name for one in found if one.suffix != ".safetensors" and _TOKEN.search(one.read_bytes())]
+        read = ((one.name, one.read_text("latin-1")) for one in found if one.suffix != ".safetensors")
+        leaks = [name for name, text in read if redacted(text) != text]
         if leaks:
-            raise RecipeError(leaks[0], got="a token of the hub in it", wanted="none", next_step="Take it out first.")
+            raise RecipeError(leaks[0], got="a token or password in it", wanted="none", next_step="Take it out first.")
         card = (staged / "README.md").read_text(encoding="utf-8") if "README.md" in texts else ""
         done: dict[str, Any] = {"repo": repo, "files": {one.name: one.stat().st_size for one in found}, "card": card}
         if dry:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.adapter.load import check_base, load_adapter
-from keeptune.core.artefact import content_key, file_fingerprint, write_bytes
+from keeptune.core.artefact import content_key, file_fingerprint, write_text
 from keeptune.core.errors import ModelError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.processes import by_first, is_first
@@ -91,7 +91,7 @@ def score(
         started = time.perf_counter()
         result = evaluate(models, job.tokenizer, benchmark, Path(), seed=job.seed, kept=kept)
         if is_first():
-            write_bytes(items, result.to_jsonl().encode())
+            write_text(items, result.to_jsonl())
         return {
             "weights": weights,
             "benchmark": benchmark,
