@@ -1,12 +1,14 @@
 """The exceptions that users see: where, what was got, what was wanted, what to do next."""
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _LONGEST = 1000
+_UNPRINTED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no terminal shows as it is
 
 
 class KeeptuneError(Exception):
@@ -31,6 +33,7 @@ class KeeptuneError(Exception):
 
 
 def _short(text: str) -> str:
+    text = _UNPRINTED.sub(lambda match: repr(match[0])[1:-1], text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text):,} characters)"
 
 

@@ -60,10 +60,12 @@ def check_device(name: str) -> None:
         raise RecipeError(
             "device", got=name, wanted="auto, cpu, cuda or cuda:0", next_step="Correct the value."
         ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = 0 if here is None or here.type != device.type else torch.accelerator.device_count()
+    if device.type != "cpu" and (device.index or 0) >= count:
         raise RecipeError(
             "device",
-            got=f"{name}, with {torch.cuda.device_count()} CUDA devices at hand",
+            got=f"{name}, with {count} devices of that kind at hand",
             wanted="a device that this machine has",
             next_step="Set `device: auto` or `device: cpu`.",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,9 +12,12 @@ from typing import Any
 import yaml
 
 from keeptune.core.errors import RecipeError
+from keeptune.core.redaction import redacted
 
+_LENGTH = 200_000  # characters
 _DEPTH = 32
 _VALUES = 100_000  # an alias counts as often as it is used: without a limit, 400 bytes can stand for gigabytes
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 _KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
@@ -41,6 +45,7 @@ class _Loader(yaml.SafeLoader):
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEYS:
                     raise _Refused("a key that is no text", key)
+                self._check_scalar(key)
                 if key.value in seen:
                     raise _Refused(f'the key "{key.value[:80]}" twice', key)
                 seen.add(key.value)
@@ -52,8 +57,8 @@ class _Loader(yaml.SafeLoader):
             yield from self.nodes(child, level + 1, (*above, id(node)))
 
     def _check_scalar(self, node: yaml.ScalarNode) -> None:
-        if "\0" in node.value:
-            raise _Refused("a NUL character", node)
+        if _NO_TEXT.search(node.value):
+            raise _Refused("a NUL character, or half of a surrogate pair", node)
         kind = node.tag.rpartition(":")[2]
         if kind not in ("int", "float"):
             return
@@ -66,9 +71,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -84,6 +87,8 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: It is no YAML, or no plain values: a key twice, an alias of itself, NaN, a tag, or too much.
     """
+    if len(text) > _LENGTH:
+        raise yaml.YAMLError(f"more than {_LENGTH:,} characters")
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -112,17 +117,26 @@ def read_values(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[
     """
     where = f"recipe {path}"
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            values = parse_yaml(file.read(_LENGTH + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(where, got=str(error), wanted="a YAML file", next_step="Check the path.") from error
     except yaml.YAMLError as error:
         got = " ".join(str(error).split())
-        raise RecipeError(where, got=got, wanted="YAML", next_step="Correct the line named above.") from error
+        raise RecipeError(where, got=got, wanted="YAML", next_step="Correct the file.") from error
     if not isinstance(values, dict):
         got = f"a {type(values).__name__}"
         raise RecipeError(where, got=got, wanted="keys and values", next_step="Start with `model: path`.")
     for key, value in sorted((overrides or {}).items(), key=lambda item: item[0].count(".")):
         set_value(values, key, value, where=f"command line --{key}")
+    secret = next((key for key, one in values.items() if redacted(text := json.dumps({key: one})) != text), None)
+    if secret is not None:
+        raise RecipeError(
+            f"{where}, key {secret}",
+            got="a secret, or what looks like one",
+            wanted="none: recipes are copied into records, cards and reports",
+            next_step="Log in with `hf auth login`, or set it in the environment, such as HF_TOKEN.",
+        )
     return values
 
 

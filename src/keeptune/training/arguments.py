@@ -1,6 +1,8 @@
 """The recipe's ``train`` section as the config of a trainer, checked."""
 
 import dataclasses
+import functools
+import operator
 import re
 import sys
 import types
@@ -31,6 +33,7 @@ _OURS = {
     "resume_from_checkpoint": "Use `output` instead.",
     "completion_only_loss": "Use `task` instead.",
     "assistant_only_loss": "Use `task.roles_to_train` instead.",
+    "hub_token": "Log in with `hf auth login`, or set HF_TOKEN in the environment.",
     "chat_template_path": "Use `task.chat_template` instead.",
     **dict.fromkeys(("precompute_ref_log_probs", "sync_ref_model"), "Leave it out: the reference is the base."),
 }
@@ -74,19 +77,12 @@ def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] 
         where = f"train.{key}"
         if key in _OURS:
             raise RecipeError(where, got="a key that keeptune sets itself", wanted=wanted, next_step=_OURS[key])
-        if key in ("hub_token", "push_to_hub_token") and value is not None:
-            raise RecipeError(
-                where,
-                got="a secret",
-                wanted="none: recipes are copied into records, cards and reports",
-                next_step="Log in with `hf auth login`, or set HF_TOKEN in the environment.",
-            )
         if key not in known:
             hint = nearest(str(key), known).split(" Known")[0]
             raise RecipeError(where, got="an unknown key", wanted=wanted, next_step=hint)
         if key in _WORDS and kind is not SFTConfig:
             _check_words(where, value, kind)
-        checked[key] = _check_value(key, value, hints[key], least)
+        checked[key] = _check_value(key, value, hints[key], least.get(key))
     return checked
 
 
@@ -99,13 +95,13 @@ def _check_words(where: str, value: Any, kind: type[Any]) -> None:
         need_known(word, known, where, "one that TRL has")
 
 
-def _check_value(key: str, value: Any, hint: Any, least: Mapping[str, float]) -> Any:
+def _check_value(key: str, value: Any, hint: Any, least: float | None) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not _SCALARS.issuperset(kinds):
         return value
-    if key in least or key in _ABOVE:
-        most = _SEEDS if key.endswith("seed") else _MOST.get(key)
-        hint = Annotated[hint, Field(ge=least.get(key), gt=_ABOVE.get(key), le=most, allow_inf_nan=False)]
+    least, most = (0, _SEEDS) if key.endswith("seed") else (least, _MOST.get(key))
+    bounds = Field(ge=least, gt=_ABOVE.get(key), le=most, allow_inf_nan=False)
+    hint = functools.reduce(operator.or_, (Annotated[one, bounds] if one in (int, float) else one for one in kinds))
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
