@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
 from keeptune.core.locks import locked
 from keeptune.experiments import engine
+from keeptune.experiments.compare_section import Resources
 from keeptune.experiments.engine import run_all, tasks_of
 from keeptune.experiments.plan_runs import Comparison, list_runs
 from keeptune.experiments.single_run import RunTask, attempt, finished
@@ -273,6 +275,22 @@ def test_a_full_disk_is_a_failure_of_the_run_and_what_was_there_stays(
     trained = (task.recipe.output / "trained/train.json").stat().st_mtime_ns
     assert attempt(task).status == "done"
     assert (task.recipe.output / "trained/train.json").stat().st_mtime_ns == trained
+
+
+def test_ray_on_one_machine_binds_to_the_loopback_with_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def init(**how: Any) -> None:
+        seen.update(how, **{name: value for name, value in os.environ.items() if name.startswith("RAY_")})
+
+    fake = SimpleNamespace(is_initialized=bool, init=init, nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1}}])
+    fake.shutdown = lambda: None
+    monkeypatch.setitem(__import__("sys").modules, "ray", fake)
+    monkeypatch.setattr(os, "environ", {})
+    with engine._started_ray(Resources(cpus=1)):
+        pass
+    assert (seen["address"], seen["include_dashboard"], seen["RAY_AUTH_MODE"]) == ("local", False, "token")
+    assert seen["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"  # Ray's own way to bind to 127.0.0.1
 
 
 def test_without_ray_the_error_says_how_to_install_it(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

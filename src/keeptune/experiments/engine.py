@@ -177,6 +177,9 @@ def _on_worker(task: RunTask, token: str, launch: Launch) -> Outcome:
 def _started_ray(resources: Resources) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # not 15, at which any other process starves the runs
+    if resources.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on Linux too: Ray binds to the loopback only
     try:
         import ray
     except ImportError as error:
@@ -202,6 +205,9 @@ def _started_ray(resources: Resources) -> Iterator[Any]:
                 wanted="the address of a running cluster",
                 next_step="Start one with `ray start --head`, or leave the address out to use this machine.",
             ) from error
+    if resources.address and os.environ.get("RAY_AUTH_MODE") != "token":
+        told = "%s: whoever reaches its ports can run code on it; start it with RAY_AUTH_MODE=token in the environment"
+        _log.warning(told, resources.address)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         have = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
