@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from keeptune.core.errors import DataError, RecipeError
+from keeptune.data import template_limits
 from keeptune.data.chat_template import CHATML, ChatOptions, ChatTemplate, with_template
 from keeptune.data.completions import Conversations, conversation_examples
 from keeptune.data.examples import Conversation, TokenRow
@@ -40,6 +42,14 @@ FEWER = {name: 0 for name in SHIPPED if name.startswith(("nemotron", "deepseek")
 )
 # What ends a turn, where that depends on what follows.
 ENDS = {"glm4moe": "<|user|>", "gptoss": "<|return|>", "gptoss_training": "<|return|>"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_to_end() -> Iterator[None]:
+    """TRL's templates end; a process for each takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_limits, "_ends", lambda template: True)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.assets import STORIES
 from tests.models import MODELS, save
 
 from keeptune.core.artefact import model_fingerprint
-from keeptune.core.errors import ModelError
+from keeptune.core.errors import DataError, ModelError
+from keeptune.data import template_limits
 from keeptune.model.pretrained import LoadOptions, load_model, load_tokenizer
 
 
@@ -89,6 +93,46 @@ def test_a_folder_that_cannot_be_used_is_a_model_error(
     with pytest.raises(ModelError, match=got) as caught:
         load_model(str(folder))
     assert caught.value.where == f"model {folder}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num_hidden_layers": 10**6}, {"num_hidden_layers": 900_000}, {"num_labels": 2**70}, {"vocab_size": 2**40}),
+        *({"hidden_size": 10**6}, {"num_key_value_heads": 999_999}, {"vocab_size": -1}, {"hidden_size": 0}),
+        *({"num_hidden_layers": "two"}, {"rms_norm_eps": [1]}, {"rope_parameters": "x"}, {"dtype": 3}),
+    ],
+    ids=str,
+)
+def test_a_config_that_no_model_has_is_one_error_before_memory_is_taken(
+    broken: Callable[[Callable[[Path], None]], Path], change: dict[str, Any]
+) -> None:
+    def changed(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+
+    folder = broken(changed)
+    with pytest.raises(ModelError, match=str(folder)):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% if tools %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+        "{{ messages[0]['content'] * 10**10 }}",
+    ],
+    ids=["loops", "loops-with-tools", "gigabytes"],
+)
+def test_a_chat_template_that_does_not_end_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(template_limits, "_SECONDS", 1)
+    folder = Path(shutil.copytree(STORIES, tmp_path / "model", copy_function=shutil.copyfile))
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError, match=r"model .* a chat template that takes more than 1 s or 1 GB"):
+        load_tokenizer(str(folder))
 
 
 def test_pickled_weights_are_read_when_allowed(broken: Callable[[Callable[[Path], None]], Path]) -> None:

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, need_known
 from keeptune.data.examples import Conversation, TokenRow
+from keeptune.data.template_limits import REFUSALS, refuse_endless
 
 Messages = Sequence[Mapping[str, Any]]
 CHATML = (
@@ -37,7 +37,6 @@ CHATML = (
 DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _PROBE = ({"role": "user", "content": "probe"}, {"role": "assistant", "content": "answer"})
 
 
@@ -136,6 +135,7 @@ class ChatTemplate:
                 wanted="a chat template",
                 next_step=f"Set chat_template: chatml{told}, or chat_template: file.jinja.",
             )
+        refuse_endless(tokenizer, where)
         self._templates = {tools: str(tokenizer.get_chat_template(None, tools=[{}] * tools)) for tools in (0, 1)}
         self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
         self._parts = False

@@ -17,11 +17,11 @@ from trl import extract_prompt
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError, named
 from keeptune.data.calibration import after
-from keeptune.data.chat_template import REFUSALS
 from keeptune.data.completions import common_start
 from keeptune.data.examples import LanguageExamples, Lost, TokenRow, Truncate, fit, kept_numbers
 from keeptune.data.formats import FormatOptions, text_or_messages
 from keeptune.data.sources import Row, pick
+from keeptune.data.template_limits import REFUSALS
 
 _log = logging.getLogger(__name__)
 Text = Any  # a text, or messages in a tuple

@@ -4,8 +4,8 @@ import logging
 import struct
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import patch_environment
+from huggingface_hub.errors import StrictDataclassError
 from peft.utils.integrations import get_bnb_param_type
 from safetensors import SafetensorError
 from torch import nn
@@ -29,11 +30,17 @@ from transformers import (
 from keeptune.core.errors import ModelError, need_finite, not_there
 from keeptune.core.offload import hook_of, stored_value
 from keeptune.core.weights import is_quantised, keep_layout, refuse_misread
+from keeptune.data.template_limits import refuse_endless
 from keeptune.model.blocks import head_of, positions
+from keeptune.model.config_sizes import check_counts, check_sizes
 from keeptune.model.head import Head
 from keeptune.model.quantization import check_gguf, gguf_error, is_gguf, loading, place_of, with_precise
 
 _log = logging.getLogger(__name__)
+_REFUSALS = (
+    *(OSError, ValueError, ImportError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(AssertionError, SafetensorError, StrictDataclassError, struct.error),
+)
 _BY_ALL = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}  # else Transformers draws no head on some processes
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -108,22 +115,18 @@ def load_weights(name: str, options: LoadOptions, **placement: Any) -> PreTraine
     head = options.head
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     place, file = place_of(name)
-    try:
-        with torch.random.fork_rng(), patch_environment(**_BY_ALL):
-            torch.manual_seed(0 if head is None else head.seed)
-            model, info = kind.from_pretrained(
-                place,
-                dtype=options.dtype,
-                use_safetensors=None if options.allow_pickle else True,
-                output_loading_info=True,
-                **options.source,
-                **file,
-                **(quantised_loading(name, options) | placement),
-                **({} if head is None else head.config),
-            )
-    # RuntimeError: weights of other shapes than the config says.
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, struct.error) as error:
-        raise _cannot_load(name, error) from error
+    with _explained(name), torch.random.fork_rng(), patch_environment(**_BY_ALL):
+        torch.manual_seed(0 if head is None else head.seed)
+        model, info = kind.from_pretrained(
+            place,
+            dtype=options.dtype,
+            use_safetensors=None if options.allow_pickle else True,
+            output_loading_info=True,
+            **options.source,
+            **file,
+            **(quantised_loading(name, options) | placement),
+            **({} if head is None else head.config),
+        )
     if file:
         _log.info(
             "model %s: dequantised from GGUF to %s, %.2g GB", name, model.dtype, model.get_memory_footprint() / 1e9
@@ -164,10 +167,10 @@ def load_config(name: str, options: LoadOptions = _DEFAULTS) -> Any:
     """
     _check_folder(name, allow_pickle=True)
     place, file = place_of(name)
-    try:
-        return AutoConfig.from_pretrained(place, **file, **options.source)
-    except (OSError, ValueError, ImportError, struct.error) as error:
-        raise _cannot_load(name, error) from error
+    with _explained(name):
+        config = AutoConfig.from_pretrained(place, **file, **options.source)
+        check_sizes(name, config.get_text_config())
+    return config
 
 
 def _check_head(name: str, missing_keys: Iterable[str], model: Any, options: LoadOptions) -> None:
@@ -240,10 +243,8 @@ def load_places(name: str, options: LoadOptions, dtype: torch.dtype) -> PreTrain
 def _from_config(name: str, options: LoadOptions, **fields: Any) -> PreTrainedModel:
     config = load_config(name, options)
     kind: Any = AutoModelForCausalLM if options.head is None else AutoModelForSequenceClassification
-    try:
+    with _explained(name):
         model: PreTrainedModel = kind.from_config(config, trust_remote_code=options.trust_remote_code, **fields)
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(name, error) from error
     return model
 
 
@@ -270,15 +271,14 @@ def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTok
 
     Raises:
         ModelError: There is no tokenizer, or it has neither a padding nor an end token.
+        DataError: Its chat template does not end.
     """
     if is_gguf(name):
         check_gguf(name)
     place, file = place_of(name)
-    try:
+    with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(place, **file, **options.source, use_fast=True)
-    # KeyError and TypeError: a tokenizer.json of another form.
-    except (OSError, ValueError, ImportError, KeyError, TypeError, struct.error) as error:
-        raise _cannot_load(name, error) from error
+    refuse_endless(tokenizer, f"model {name}")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(
@@ -308,6 +308,7 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
             wanted="a Transformers model folder",
             next_step="An adapter folder goes to --adapter; the model is its base.",
         )
+    check_counts(folder / "config.json")
     if not any(folder.glob("*.safetensors")) and not (allow_pickle and any(folder.glob("*.bin"))):
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         raise ModelError(
@@ -318,6 +319,15 @@ def _check_folder(name: str, allow_pickle: bool) -> None:
             if pickled
             else "Copy the weights into the folder.",
         )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Explains what Transformers raises for files of another form, or weights of other shapes than the config says."""
+    try:
+        yield
+    except _REFUSALS as error:
+        raise _cannot_load(name, error) from error
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:
