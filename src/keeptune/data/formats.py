@@ -212,7 +212,7 @@ def _text(content: Any, where: str) -> str:
     if kinds - {"text"}:
         next_step = "Remove the others: only text is read."
         raise DataError(where, got=f"parts: {named(sorted(kinds))}", wanted="parts of text", next_step=next_step)
-    return "".join(text_of(part.get("text"), where=where) for part in content)
+    return "".join(text_of(part if isinstance(part, str) else part.get("text"), where=where) for part in content)
 
 
 def _calls(value: Any, where: str) -> list[Mapping[str, Any]] | None:
