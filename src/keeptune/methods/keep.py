@@ -5,8 +5,8 @@
     D = mean_i KL(p_base(. | x_<i) || p(. | x_<i))           nats per token, measured                 (3)
 
 D is measured on a knowledge text or more at every k-th optimiser step, and at every step while the budget is overdrawn,
-with its gradient (penalties/kl.py); the multiplier follows what is measured (penalties/budget.py). Without knowledge of the user's the base writes the texts
-itself. No statistics are taken: the plan costs nothing.
+with its gradient (penalties/kl.py); the multiplier follows what is measured (penalties/budget.py). Without knowledge of
+the user's the base writes the texts itself. No statistics are taken: the plan costs nothing.
 """
 
 from dataclasses import dataclass
