@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from tests.models import save
 from tests.training.support import EXAMPLES, TOKENIZER, TRAINERS, arguments, planned, trl_trainer, tuned
 from trl import SFTConfig
 
 from keeptune.adapter.install import trained_state
-from keeptune.core.errors import TrainError
+from keeptune.core.errors import DataError, TrainError
 from keeptune.methods.l2_lora import L2Lora
 from keeptune.methods.lora import Lora
 from keeptune.training.attach import attach
@@ -43,6 +45,21 @@ def test_a_rate_cannot_be_scaled_in_an_optimiser_that_is_there(tmp_path: Path) -
     made.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TrainError, match="an optimiser of your own"):
         attach(made, plan)
+
+
+def test_tokens_without_rows_and_rows_that_are_not_saved_are_refused_before_training(tmp_path: Path) -> None:
+    plan = planned(Lora(rank=2))
+    model = tuned(plan)
+    made = trl_trainer(model, tmp_path)
+    rows = len(model.get_input_embeddings().weight)
+    made.train_dataset = Dataset.from_dict({"input_ids": [[1, rows], [2]]})
+    with pytest.raises(DataError, match=rf"the training data: got the token {rows}, .*resize_token_embeddings"):
+        attach(made, plan)
+    base = model.get_base_model()
+    base.name_or_path = str(save(base.__class__(base.config), tmp_path / "base").folder)
+    base.config.vocab_size = rows + 1
+    with pytest.raises(TrainError, match=rf"an embedding of {rows + 1} rows, where {rows} are saved.*load and plan"):
+        attach(trl_trainer(model, tmp_path), plan)
 
 
 # attach and Guard

@@ -9,14 +9,18 @@ and in ``Plan.penalties``, terms of the loss (training/penalty_engine.py).
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 
 from keeptune.adapter.install import starting_values
 from keeptune.core.errors import TrainError, need_known
 from keeptune.core.plan import Plan
+from keeptune.model.head import refuse_unknown_tokens
+from keeptune.model.pretrained import load_config
 from keeptune.training.guard import Guard
 from keeptune.training.losses.base import TaskLoss, loss_named
 from keeptune.training.penalty_engine import add_penalties
@@ -39,7 +43,9 @@ def attach(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
 
     Raises:
         TrainError: The plan needs something that this version does not have, the trainer has an optimiser of its own
-            where the plan scales the learning rate, or it cannot count a penalty exactly once.
+            where the plan scales the learning rate, or it cannot count a penalty exactly once; or the adapter's base
+            was resized in memory only.
+        DataError: The data have tokens that the model's embedding does not know.
     """
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     if any(guard.attached for guard in guards):
@@ -54,6 +60,11 @@ def add_plan(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     """Adds the same, of a plan that may be made only as training begins (:class:`keeptune.Callback`)."""
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Guard)]
     refuse_zero(trainer.args)
+    _refuse_resized(trainer.model)
+    data = trainer.train_dataset
+    for column in data.column_names if isinstance(data, Dataset) else ():
+        if column in ("input_ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids"):
+            refuse_unknown_tokens(trainer.model, data[column], "the training data")
     _keep_precise(trainer.model, plan)
     for key, value in plan.training.items():
         need_known(key, (_FACTOR, _KEPT), "plan, training", "one that this version knows", TrainError)
@@ -69,6 +80,20 @@ def add_plan(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
     if not guards:
         trainer.add_callback(guard)
     guard.attached, guard.projection = True, projection
+
+
+def _refuse_resized(model: Any) -> None:
+    """Refuses an adapter whose base was resized in memory: it would not fit the one that is saved."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else None
+    if base is not None and Path(base.name_or_path).is_dir():
+        now, saved = (one.get_text_config().vocab_size for one in (base.config, load_config(base.name_or_path)))
+        if now != saved:
+            raise TrainError(
+                f"the base {base.name_or_path}",
+                got=f"an embedding of {now} rows, where {saved} are saved",
+                wanted="the base as it is saved, which the adapter will be loaded on",
+                next_step="Save the resized model and its tokenizer, and load and plan from there.",
+            )
 
 
 def _keep_precise(model: Any, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from keeptune.core.processes import by_first
 from keeptune.data.examples import LanguageExamples, Lost, Mixed
 from keeptune.data.labelled import LabelledExamples, collator
 from keeptune.data.preferences import Preferences
-from keeptune.model.head import refuse_unknown_tokens, sequence_losses
+from keeptune.model.head import sequence_losses
 from keeptune.training.arguments import example_length
 from keeptune.training.attach import attach
 from keeptune.training.checkpoints import Checksums, go_on, last_complete_checkpoint
@@ -154,9 +154,6 @@ def _trainer(
         teach(trainer, loss)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Checksums())
-    for column in trainer.train_dataset.column_names if kind is not Trainer else ():
-        if column.endswith("_ids"):
-            refuse_unknown_tokens(model, trainer.train_dataset[column], "task.train")
     if getattr(config, "packing", False):
         by_first(lambda: refuse_leaks(trainer))  # under FSDP2 the others may have no weights yet
     fill_last_steps(trainer, by_token=kind is SFTTrainer)
