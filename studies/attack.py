@@ -2,7 +2,8 @@
 
 `make attack` makes all tries that are not made yet, and then the page `docs/results/attack.md` of its record. Every
 try has a number, of which with the seed all follows; its result is written at once, and a stopped attack goes on. To
-attack another commit, remove the folder. One try again: `python -m studies.attack FOLDER --only "kill compare" --numbers 17 --again`.
+attack another commit, remove the folder. One try again:
+`python -m studies.attack FOLDER --only "kill compare" --numbers 17 --again`.
 """
 
 from __future__ import annotations

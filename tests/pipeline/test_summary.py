@@ -70,6 +70,7 @@ def pretend(folder: Path, source: Path, *, right: int) -> Path:
     rows = [row | {"before": 0.0, "after": float(index < right)} for index, row in enumerate(rows)]
     items.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     record["summary"] |= {"before": 0.0, "after": right / 3}
+    del record["files"]
     write_json(path, record)
     return folder
 

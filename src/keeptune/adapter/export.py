@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
+from keeptune.adapter.load import SIDECAR, load_adapter, read_config, refuse_foreign
 from keeptune.adapter.probe import BOUNDS, Gap, logits_of, random_probe
 from keeptune.adapter.sidecar import About
 from keeptune.adapter.trained_change import (
@@ -42,7 +42,7 @@ from keeptune.adapter.trained_change import (
 )
 from keeptune.adapter.trained_head import head_names, labels_of, task_type, token_rows
 from keeptune.adapter.vllm_rules import SERVED_RANKS, VllmVerdict, vllm_verdict
-from keeptune.core.artefact import atomic_directory, read_json, write_json, write_text
+from keeptune.core.artefact import atomic_directory, write_json, write_text
 from keeptune.core.errors import ExportError
 from keeptune.core.offload import aligned, device_of, save_model
 from keeptune.core.plan import Plan
@@ -255,7 +255,7 @@ def _describe(fresh: Path, plan: Plan, base: Base, done: Exported, labels: Seque
 def verdict_on(adapter: Path) -> VllmVerdict:
     """Returns what vLLM's loader makes of an adapter's files."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        return vllm_verdict(read_json(adapter / "adapter_config.json"), list(tensors.keys()))
+        return vllm_verdict(read_config(adapter), list(tensors.keys()))
 
 
 def _no_original(folder: Path | str, name: str, note: str) -> ExportError:

@@ -18,7 +18,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
-from keeptune.core.artefact import explain_full_disk, read_json
+from keeptune.adapter.load import read_config
+from keeptune.core.artefact import explain_full_disk
 from keeptune.core.errors import ExportError, named
 
 Quantise = Literal["f32", "f16", "q8_0"]
@@ -142,7 +143,7 @@ def write_lora_file(path: Path, folder: Path, layout: Layout, quantise: Quantise
     Raises:
         ExportError: A target is a module that llama.cpp does not know, or a head that is tied.
     """
-    config, entries = read_json(folder / "adapter_config.json"), []
+    config, entries = read_config(folder), []
     alphas, power = config.get("alpha_pattern") or {}, 0.5 if config.get("use_rslora") else 1
     most = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:

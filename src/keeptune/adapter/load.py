@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
@@ -10,11 +11,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from keeptune.adapter.expert_layers import patterns_of_parameters
-from keeptune.core.artefact import read_json
+from keeptune.core.artefact import as_written, read_json
 from keeptune.core.errors import ExportError, ModelError
 from keeptune.core.offload import device_of, is_offloaded
 
 SIDECAR = "keeptune.json"
+_AGAIN = "Export it again, or fetch it again."
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -64,6 +66,31 @@ def _read_values(wrapped: PeftModel, folder: Path) -> None:
     wrapped.load_state_dict(stored, strict=False, assign=True)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns PEFT's config of an adapter, whose ranks and alphas are numbers."""
+    path = folder / "adapter_config.json"
+    config: dict[str, Any] = read_json(path, _AGAIN)
+    with as_written(path, "the config of a PEFT adapter", _AGAIN):
+        numbers = {key: config[key] for key in ("r", "lora_alpha") if key in config}
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            numbers |= dict(config.get(pattern) or {})
+        for name, value in numbers.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name}: {value!r}, no number")
+    return config
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """Returns keeptune's own record beside an export; empty where there is none."""
+    path = folder / SIDECAR
+    record: dict[str, Any] = read_json(path, _AGAIN) if path.is_file() else {}
+    with as_written(path, again=_AGAIN):
+        for key, kind in {"provenance": dict, "export": dict, "gguf": dict, "labels": list | None}.items():
+            if not isinstance(record.get(key, None if key == "labels" else {}), kind):
+                raise ValueError(f"{key}: {record[key]!r}")
+    return record
+
+
 def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | None = None) -> None:
     """Raises ModelError for an adapter that was made for another base, or a classifier of other labels.
 
@@ -72,10 +99,9 @@ def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | No
         fingerprint: Of the base at hand, without a classifier's head.
         labels: Of the classifier at hand, in the order of its outputs; empty for scores, None for a language model.
     """
-    sidecar = Path(adapter) / SIDECAR
-    if not sidecar.is_file():
+    record = read_sidecar(Path(adapter))
+    if not record:
         return
-    record = read_json(sidecar)
     made_for = record.get("provenance", {}).get("model")
     if made_for is not None and made_for != fingerprint:
         raise ModelError(

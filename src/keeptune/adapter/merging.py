@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
+from keeptune.adapter.load import SIDECAR, load_adapter, read_config, refuse_foreign
 from keeptune.adapter.probe import Gap, logits_of, random_probe
 from keeptune.adapter.trained_head import is_tied
-from keeptune.core.artefact import atomic_directory, read_json, write_json
+from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.errors import ExportError
 from keeptune.core.offload import edit_values, is_offloaded, save_model
 
@@ -36,7 +36,7 @@ _MORE = (
 
 def is_streamed(adapter: Path) -> bool:
     """Returns whether an adapter can be merged weight by weight: it only adds to linear maps."""
-    config = read_json(adapter / "adapter_config.json")
+    config = read_config(adapter)
     plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights") in PLAIN_STARTS
     return plain and not any(config.get(key) for key in _MORE)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import UndefinedError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +32,12 @@ from keeptune.core.offload import stored_value
 from keeptune.core.redaction import redacted
 
 _log = logging.getLogger(__name__)
+_AGAIN = "Remove it and run again what wrote it."
+_CHECKSUM = "checksum"
+_ILL_FORMED = (
+    *(ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError),
+    *(SafetensorError, UndefinedError),
+)
 _DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 _PLACE_CODES = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 # safetensors and tokenizers report the operating system's error only in their text, torch.save not even there.
@@ -114,7 +121,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     except Exception as error:  # which is all that tokenizers raises
         named = _OS_ERROR.search(str(error))
         code = getattr(error, "errno", None) or (named and int(named[1]))
-        if code in _PLACE_CODES:
+        if code in _PLACE_CODES or (code == errno.ENOENT and path.is_symlink()):
             raise ArtefactError(
                 str(getattr(error, "filename2", None) or getattr(error, "filename", None) or path),
                 got=os.strerror(code),
@@ -156,9 +163,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, redacted(text).encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON whole or not at all."""
-    write_text(path, json.dumps(json.loads(canonical_json(value)), indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, checked: bool = False) -> None:
+    """Writes readable JSON whole or not at all; a ``checked`` object with a checksum, for :func:`read_json`."""
+    plain = json.loads(redacted(json.dumps(json.loads(canonical_json(value)), indent=2, ensure_ascii=False)))
+    own = {_CHECKSUM: content_key(plain)} if checked else {}
+    write_text(path, json.dumps(plain | own if own else plain, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -171,37 +180,46 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def file_checksum(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with as_written(path, "the file as it was written"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON that keeptune wrote."""
-    with _refuse_damaged(path, "a JSON file", "Remove it and run the stage again."):
-        return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, again: str = _AGAIN) -> Any:
+    """Reads an object of JSON that keeptune wrote, as it was written if it says so; ``again`` is what else to do."""
+    with as_written(path, "a JSON file", again):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__}, no object")
+        checksum = record.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != content_key(record):
+            raise ValueError("content that does not match its checksum")
+        return record
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """Reads a safetensors file to the CPU and checks it against the SHA-256 that :func:`write_tensors` returned."""
-    with _refuse_damaged(path, "the file as it was written", "Remove its folder and run the stage again."):
+    with as_written(path, "the file as it was written", "Remove its folder and run the stage again."):
         if file_checksum(path) != sha256:
             raise ValueError("bytes that do not match their checksum")
         return load_file(path, backend="pread")  # a mapped file would be lost with the folder that holds it
 
 
 @contextlib.contextmanager
-def _refuse_damaged(path: Path, wanted: str, next_step: str) -> Iterator[None]:
+def as_written(where: object, wanted: str = "the records that keeptune wrote", again: str = _AGAIN) -> Iterator[None]:
+    """Turns what reading damaged or incomplete files raises into an error that says where, and what to do."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtefactError(str(path), got=str(error), wanted=wanted, next_step=next_step) from error
+    except _ILL_FORMED as error:
+        plain = isinstance(error, OSError) or type(error) is ValueError
+        got = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise ArtefactError(str(where), got=got, wanted=wanted, next_step=again) from error
 
 
 def has_key(path: Path, key: str) -> bool:
     """Returns whether a stage's record, JSON with a ``key``, exists and has this key."""
     try:
         return bool(read_json(path)["key"] == key)
-    except (ArtefactError, KeyError, TypeError):
+    except (ArtefactError, KeyError):
         return False
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from keeptune.core.artefact import (
+    as_written,
     atomic_directory,
     content_key,
     read_json,
@@ -205,7 +206,7 @@ class Plan:
         with atomic_directory(Path(folder)) as fresh:
             files = {name: write_tensors(fresh / name, held) for name, held in tensors.items()}
             version = {"format": _WITH_IMPLIED if implied else _FORMAT}
-            write_json(fresh / "plan.json", self._record() | version | {"files": files})
+            write_json(fresh / "plan.json", self._record() | version | {"files": files}, checked=True)
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -214,40 +215,33 @@ class Plan:
         Raises:
             ArtefactError: The folder is not a plan, or is damaged.
         """
-        folder = Path(folder)
-        record = read_json(folder / "plan.json")
-        version = record.get("format") if isinstance(record, dict) else None
+        path, again = Path(folder) / "plan.json", "Remove the folder and make the plan again."
+        record = read_json(path, again)
+        version = record.get("format")
         if version not in (_FORMAT, _WITH_IMPLIED):
             raise ArtefactError(
-                str(folder),
+                str(path),
                 got=f"plan format {version}",
                 wanted=f"format {_FORMAT} or {_WITH_IMPLIED}",
                 next_step="Make the plan again with this version of keeptune.",
             )
-        penalties = record.get("penalties", [])
-        parts = ("factors", "evidence", *(["penalties"] if penalties else []))
-        try:
-            files = {p: read_tensors(folder / f"{p}.safetensors", record["files"][f"{p}.safetensors"]) for p in parts}
+        with as_written(path, "a plan as it was saved", again):
+            penalties = record.get("penalties", [])
+            parts = [f"{part}.safetensors" for part in ("factors", "evidence", *(["penalties"] if penalties else []))]
+            factors, evidence, *more = (read_tensors(path.with_name(p), record["files"][p]) for p in parts)
             return cls(
                 method=record["method"],
                 options=record["options"],
-                targets=tuple(_read_target(row, files["factors"], files["evidence"]) for row in record["targets"]),
+                targets=tuple(_read_target(row, factors, evidence) for row in record["targets"]),
                 scope=record["scope"],
                 peft=record["peft"],
                 training=record["training"],
                 penalties=tuple(
-                    PenaltyPlan(row["name"], row["options"], _under(files["penalties"], f"{i}:"))
+                    PenaltyPlan(row["name"], row["options"], _under(more[0], f"{i}:"))
                     for i, row in enumerate(penalties)
                 ),
                 provenance=record["provenance"],
             )
-        except (KeyError, TypeError) as error:
-            raise ArtefactError(
-                str(folder / "plan.json"),
-                got=f"{type(error).__name__}: {error}",
-                wanted="a plan as it was saved",
-                next_step="Remove the folder and make the plan again.",
-            ) from error
 
     def _record(self) -> dict[str, Any]:
         rows = [

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from keeptune.core.artefact import content_key, read_json, write_json
+from keeptune.core.artefact import as_written, content_key, read_json, write_json
 from keeptune.core.errors import ArtefactError, ModelError
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.locks import locked
@@ -163,16 +163,17 @@ class KeptAnswers:
 
 
 def _read(path: Path, key: str, count: int) -> list[T] | None:
-    if not path.is_file():
+    if not path.exists():
         return None
     reason = "its contents are not those of its key"
     try:
-        record = read_json(path)
-        answers: list[T] = record["answers"]
-        if record["key"] == key and len(answers) == count and record["check"] == content_key(answers):
-            _log.info("evaluate: the base's answers taken from %s", path)
-            return answers
-    except (ArtefactError, KeyError, TypeError) as error:
+        with as_written(path):
+            record = read_json(path)
+            answers: list[T] = record["answers"]
+            if record["key"] == key and len(answers) == count and record["check"] == content_key(answers):
+                _log.info("evaluate: the base's answers taken from %s", path)
+                return answers
+    except ArtefactError as error:
         reason = str(error)
     _log.warning("evaluate: %s is damaged (%s); the base is run again", path, reason)
     return None

@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from keeptune.core.artefact import as_written
 from keeptune.core.bootstrap import paired_interval
-from keeptune.core.errors import ArtefactError, StatisticsError
+from keeptune.core.errors import StatisticsError
 from keeptune.evaluation.benchmarks import Role
 from keeptune.evaluation.metrics import Measure, Metric, agreement, agreement_interval, harmonic, mean_ratio
 
@@ -47,21 +48,15 @@ class BenchmarkResult:
         Raises:
             ArtefactError: The summary lacks a key, a line is not JSON, or the number of items is another.
         """
-        try:
+        with as_written("evaluation result", "the files that keeptune evaluate wrote", "Evaluate again."):
             # Not splitlines: it also splits at U+2028, which may stand inside a JSON string.
             items = [json.loads(line) for line in text.split("\n") if line]
             values = {field: ({"chat": False} | dict(summary))[field] for field in _SUMMARY}
             if len(items) != values["n"]:
                 raise ValueError(f"{len(items)} items of {values['name']}, not {values['n']}")
-        except (KeyError, ValueError) as error:
-            raise ArtefactError(
-                "evaluation result",
-                got=f"{type(error).__name__}: {error}",
-                wanted="the files that keeptune evaluate wrote",
-                next_step="Evaluate again.",
-            ) from error
-        low, high = values.pop("interval")
-        return cls(**values, interval=(low, high), items=items)
+            values |= {side: float(values[side]) for side in ("before", "after")}
+            low, high = map(float, values.pop("interval"))
+            return cls(**values, interval=(low, high), items=items)
 
 
 _SUMMARY = tuple(field.name for field in fields(BenchmarkResult) if field.name != "items")

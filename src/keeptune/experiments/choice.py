@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keeptune.adapter.load import SIDECAR, refuse_foreign
-from keeptune.core.artefact import atomic_directory, canonical_json, read_json, write_json, write_text
+from keeptune.core.artefact import as_written, atomic_directory, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError, RecipeError, need_known
 from keeptune.experiments.axes import Axis, unit_of, value_of
-from keeptune.experiments.comparison_record import FRONT, RUNS_FILE
+from keeptune.experiments.comparison_record import AGAIN, FRONT, RUNS_FILE
 from keeptune.experiments.front import spread
 from keeptune.experiments.posthoc_variants import Variant, copy_result, write_variant
 from keeptune.pipeline.job import Job
@@ -164,6 +164,7 @@ def _no_choice(
     )
 
 
+@as_written("runs.json, front.json or a run of them", again=AGAIN)
 def choose_best(output: Path, max_loss: float | Mapping[str, float], *, estimate: Bound = "mean") -> dict[str, Any]:
     """Chooses by the records in a comparison's folder, exports to ``best``, and records the choice in ``front.json``.
 
@@ -213,5 +214,5 @@ def _check_weights(result: Path, scored: set[str]) -> None:
             str(result),
             got="a result that is not the one that was scored",
             wanted="the chosen run's",
-            next_step="Is another comparison at work in this folder? Start it again; it does what is missing.",
+            next_step=AGAIN,
         )

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keeptune.core.artefact import canonical_json, read_json, write_bytes, write_json
+from keeptune.core.artefact import as_written, canonical_json, read_json, write_bytes, write_json
 from keeptune.core.errors import ArtefactError, KeeptuneError, named
 from keeptune.evaluation.results import BenchmarkResult, references_by_seed, trade_off
 from keeptune.experiments.axes import SIDES, Axis, Value, axes_of, value_of
@@ -22,9 +22,11 @@ from keeptune.experiments.matched import matched
 from keeptune.experiments.plan_runs import RunSpec
 from keeptune.experiments.posthoc_variants import VARIANTS, Variant
 from keeptune.experiments.single_run import Outcome
+from keeptune.pipeline.reporting import plan_seconds
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 
 RUNS_FILE, FRONT = "runs.json", "front.json"
+AGAIN = "Start the comparison again: what is missing or damaged is done again."
 _BENCHMARK = ("name", "role", "metric", "n", "before", "after", "interval")
 _TEXTS = ("name", "label", "of", "method", "status", "message", "folder")
 _NUMBERS = ("seed", "trained_parameters", "learned", "forgotten", "K", "T", "KT")
@@ -54,22 +56,22 @@ def row_of(spec: RunSpec, outcome: Outcome, variant: Variant | None = None) -> d
     if outcome.status != "done":
         return row
     try:
-        if variant is None:
-            return row | _run_scores(folder)
-        head = read_json(folder / "variant.json")
-        if head["message"]:
-            return row | {"status": "failed", "message": head["message"]}
-        return row | _scores(folder, head["benchmarks"], find_result(spec.recipe.output))
-    except (KeeptuneError, KeyError, TypeError) as error:
-        return row | {"status": "missing", "message": f"{type(error).__name__}: {error}"}
+        with as_written(folder, again=AGAIN):
+            if variant is None:
+                return row | _run_scores(folder)
+            head = read_json(folder / "variant.json")
+            if head["message"]:
+                return row | {"status": "failed", "message": head["message"]}
+            return row | _scores(folder, head["benchmarks"], find_result(spec.recipe.output))
+    except KeeptuneError as error:
+        return row | {"status": "missing", "message": str(error)}
 
 
 def _run_scores(folder: Path) -> dict[str, Any]:
     trained = read_json(folder / "trained" / "train.json")
     names = [entry["name"] for entry in read_json(folder / "recipe.json")["evaluate"]]
     scored = _scores(folder / "evaluation", names, find_result(folder))
-    plan = folder / "plan" / "seconds.json"
-    scored["seconds"] |= {"plan": read_json(plan)["plan"] if plan.is_file() else None, "train": trained["seconds"]}
+    scored["seconds"] |= {"plan": plan_seconds(folder), "train": trained["seconds"]}
     return scored | {"trained_parameters": trained["trained_parameters"]}
 
 
@@ -82,7 +84,7 @@ def _scores(folder: Path, names: Iterable[str], result: Path) -> dict[str, Any]:
                 str(folder / f"{record['summary']['name']}.json"),
                 got="scores of other weights than those that are there",
                 wanted="scores of the run's result",
-                next_step="Start the comparison again; it does what is missing.",
+                next_step=AGAIN,
             )
     return {
         "seconds": {"plan": None, "train": None, "evaluate": math.fsum(record["seconds"] for record in records)},

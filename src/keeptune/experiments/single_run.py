@@ -18,16 +18,17 @@ from typing import Literal
 
 import torch
 
-from keeptune.core.artefact import content_key, file_fingerprint, has_key, read_json, write_json
+from keeptune.core.artefact import as_written, content_key, file_fingerprint, read_json, write_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.core.locks import locked
 from keeptune.core.processes import by_first, held_by_first, met_by_all, world
 from keeptune.core.redaction import redacted
 from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.experiments.posthoc_variants import VARIANTS, Variant, score_variants
+from keeptune.pipeline.cache import read_record
 from keeptune.pipeline.export import export_stage
 from keeptune.pipeline.run import plan_stage, start
-from keeptune.pipeline.scoring import evaluate_stage, find_result
+from keeptune.pipeline.scoring import evaluate_stage, find_result, result_fingerprint
 from keeptune.pipeline.training import train_stage
 from keeptune.recipe.schema import Recipe
 
@@ -80,15 +81,21 @@ def task_key(recipe: Recipe, base: str, known: dict[str, str]) -> str:
 
 
 def finished(task: RunTask) -> bool:
-    """Returns whether a run is done and its result and scores are there."""
+    """Returns whether a run is done, and its records are as they were written and of its result."""
     folder = task.recipe.output
     try:
-        if not has_key(folder / MARK, task.key) or read_json(folder / MARK)["status"] != "done":
-            return False
-        scores = [folder / "evaluation" / f"{benchmark.name}.json" for benchmark in task.recipe.evaluate]
-        scores += [folder / VARIANTS / variant.slug / "variant.json" for variant in task.variants]
-        return find_result(folder).is_dir() and all(path.is_file() for path in scores)
-    except (KeeptuneError, KeyError, OSError):
+        with as_written(folder):
+            mark = read_json(folder / MARK)
+            if (mark["key"], mark["status"]) != (task.key, "done"):
+                return False
+            variants = [folder / VARIANTS / variant.slug for variant in task.variants]
+            parts = [folder / "recipe.json", folder / "trained" / "train.json"]
+            for path in [*parts, *(place / "variant.json" for place in variants)]:
+                read_json(path)
+            places = [folder / "evaluation", *(place for place in variants if any(place.glob("*.items.jsonl")))]
+            scores = [place / f"{benchmark.name}.json" for place in places for benchmark in task.recipe.evaluate]
+            return {read_record(path)["weights"] for path in scores} <= {result_fingerprint(find_result(folder))}
+    except KeeptuneError:
         return False
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keeptune.core.artefact import file_checksum, read_json, write_json
-from keeptune.core.errors import ArtefactError
+from keeptune.core.artefact import as_written, content_key, file_checksum, read_json, write_json
+from keeptune.core.errors import ArtefactError, KeeptuneError
 from keeptune.core.processes import by_first
 
 T = TypeVar("T")
@@ -28,8 +28,9 @@ def take(stage: str, place: Path, key: str, read: Callable[[], tuple[str, T]]) -
     if not place.exists():
         return None
     try:
-        made_under, result = read()
-    except (ArtefactError, OSError, KeyError, TypeError, AttributeError) as error:
+        with as_written(place):
+            made_under, result = read()
+    except KeeptuneError as error:
         _log.warning("%s: %s is damaged (%s); computing it again", stage, place, error)
         return None
     if made_under != key:
@@ -37,6 +38,16 @@ def take(stage: str, place: Path, key: str, read: Callable[[], tuple[str, T]]) -
         return None
     _log.info("%s: taken from %s", stage, place)
     return result
+
+
+def unchanged(stage: str, path: Path, report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the report at a place where it differs from another in when it was ``created`` alone."""
+
+    def read() -> tuple[str, dict[str, Any]]:
+        there: dict[str, Any] = read_json(path)
+        return content_key({key: value for key, value in there.items() if key != "created"}), there
+
+    return take(stage, path, content_key(report), read)
 
 
 @dataclass(frozen=True)
@@ -92,18 +103,21 @@ class Stored:
     def _write(self, record: Mapping[str, Any], files: Iterable[str], path: Path) -> dict[str, Any]:
         paths = sorted({file for pattern in files for file in path.parent.glob(pattern)})
         sums = {str(file.relative_to(path.parent)): file_checksum(file) for file in paths}
-        write_json(path, {"key": self.key, **record} | ({"files": sums} if sums else {}))
+        write_json(path, {"key": self.key, **record} | ({"files": sums} if sums else {}), checked=True)
         return dict(read_json(path))
 
     def _read(self) -> tuple[str, dict[str, Any]]:
-        record: dict[str, Any] = read_json(self.path)
-        key = str(record["key"])
-        for name, checksum in record.get("files", {}).items() if key == self.key else ():
-            if file_checksum(self.path.parent / name) != checksum:
-                raise ArtefactError(
-                    str(self.path.parent / name),
-                    got="bytes that do not match their checksum",
-                    wanted="the file as it was written",
-                    next_step="Run the stage again.",
-                )
-        return key, record
+        record = read_record(self.path)
+        return str(record["key"]), record
+
+
+def read_record(path: Path, again: str = "Run the stage again.") -> dict[str, Any]:
+    """Returns the record of a stage whose files are as they were written; an ArtefactError says what is damaged."""
+    record: dict[str, Any] = read_json(path, again)
+    with as_written(path, again=again):
+        for name, checksum in record.get("files", {}).items():
+            if file_checksum(path.parent / name) != checksum:
+                wanted = "the file as it was written"
+                got = "bytes that do not match their checksum"
+                raise ArtefactError(str(path.parent / name), got=got, wanted=wanted, next_step=again)
+    return record

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter import gguf_files as files
 from keeptune.adapter.gguf_files import Entry, Quantise, field_of, open_gguf
-from keeptune.adapter.load import SIDECAR, refuse_foreign
+from keeptune.adapter.load import SIDECAR, read_config, read_sidecar, refuse_foreign
 from keeptune.adapter.merging import is_streamed
 from keeptune.adapter.probe import Gap, logits_of, random_probe
-from keeptune.core.artefact import atomic_directory, read_json, write_json, write_text
+from keeptune.core.artefact import atomic_directory, write_json, write_text
 from keeptune.core.errors import ExportError, need_known
 from keeptune.core.offload import stored_value
 from keeptune.model.pretrained import LoadOptions, load_config, load_floats, load_model, load_tokenizer
@@ -101,7 +101,7 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, 
             layout = files.layout_of(load_config(trained.base), f"base {trained.base}")
             error = files.write_lora_file(fresh / name, trained.folder, layout, quantise)
             if base not in {None, trained.base}:
-                names = sorted(read_json(trained.folder / "adapter_config.json")["target_modules"], reverse=True)
+                names = sorted(read_config(trained.folder)["target_modules"], reverse=True)
                 first = {name.split(".")[-1]: f"{name}.weight" for name in names}.values()  # of each role
                 entries = _entries(load_floats(trained.base, LoadOptions()))
                 files.check_base(str(base), reader, layout, entries, [entry for entry in entries if entry[0] in first])
@@ -129,8 +129,8 @@ def _no_lora(trained: TrainedModel) -> str:
 def written(run: Path | str, base: str | None) -> dict[str, Any] | None:
     """Returns what was written of a run as it is now and for a base's file (None: any); None where that is not done."""
     weights = result_fingerprint(TrainedModel.of(str(run)).folder)
-    for record in (Path(run) / name / SIDECAR for name in ("gguf", "gguf-merged")):
-        done: dict[str, Any] = read_json(record)["gguf"] if record.is_file() else {}
+    for folder in (Path(run) / name for name in ("gguf", "gguf-merged")):
+        done: dict[str, Any] = read_sidecar(folder).get("gguf", {})
         if done.get("weights") == weights and done["base"] and base in {None, done["base"]}:
             return done
     return None

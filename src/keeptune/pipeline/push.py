@@ -9,11 +9,11 @@ from typing import Any
 from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 
 from keeptune.adapter.load import SIDECAR
-from keeptune.core.artefact import read_json, write_text
+from keeptune.core.artefact import as_written, read_json, write_text
 from keeptune.core.errors import ExportError, RecipeError
 from keeptune.core.redaction import redacted
 from keeptune.evaluation.results import trade_off
-from keeptune.pipeline.reporting import FinishedRun
+from keeptune.pipeline.reporting import FinishedRun, again
 from keeptune.pipeline.trained_changes import TrainedModel
 from keeptune.report.pages.card import model_card
 
@@ -58,8 +58,9 @@ def push(
         texts = {one: (staged / one).read_text(encoding="utf-8") for one in _OWN_TEXTS if (staged / one).is_file()}
         if (Path(source) / "plan").is_dir():
             run = FinishedRun(Path(source))
-            scores = run.entry | trade_off(run.results)
-            texts["README.md"] = model_card(scores, read_json(run.result / SIDECAR), run.recipe)
+            with as_written(source, again=again("run")):
+                scores = run.entry | trade_off(run.results)
+                texts["README.md"] = model_card(scores, read_json(run.result / SIDECAR), run.recipe)
         for one, text in texts.items():
             for here, there in ((str(trained.folder), repo), (trained.base, name)):
                 text = text.replace(here, there) if "/" in here else text

@@ -2,7 +2,7 @@
 
 import datetime
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.adapter.load import SIDECAR
-from keeptune.core.artefact import canonical_json, read_json, write_json, write_text
+from keeptune.core.artefact import as_written, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
 from keeptune.evaluation.results import BenchmarkResult, references_by_seed, trade_off
+from keeptune.pipeline.cache import read_record, unchanged
 from keeptune.pipeline.scoring import find_result, result_fingerprint
 from keeptune.report.pages.card import model_card, same_but_versions
 from keeptune.report.pages.item_rows import lost_and_gained
@@ -57,7 +58,7 @@ class FinishedRun:
                     str(path),
                     got="scores of another export or benchmark" if items.is_file() else "no scores of the items",
                     wanted="scores of the adapter and the recipe that are there now",
-                    next_step="Run `keeptune evaluate` with the run's recipe first.",
+                    next_step=again("evaluate"),
                 )
             results.append(BenchmarkResult.from_jsonl(record["summary"], items.read_text(encoding="utf-8")))
         return results
@@ -66,7 +67,7 @@ class FinishedRun:
     def _scores(self) -> list[tuple[Path, dict[str, Any]]]:
         """The record of each benchmark of the recipe, and where it is."""
         paths = [self.folder / "evaluation" / f"{entry['name']}.json" for entry in self.recipe["evaluate"]]
-        return [(path, _read(path, "evaluate")) for path in paths]
+        return [(path, _read(path, "evaluate", read_record)) for path in paths]
 
     @cached_property
     def entry(self) -> dict[str, Any]:
@@ -77,8 +78,7 @@ class FinishedRun:
         """
         trained = _read(self.folder / "trained" / "train.json", "train")
         exported = _read(self.result / "export.json", "export")
-        plan, seconds = self.plan, self.folder / "plan" / "seconds.json"
-        gap, notes = exported.get("original_relative_gap"), list[str]()
+        plan, gap, notes = self.plan, exported.get("original_relative_gap"), list[str]()
         if gap is not None and exported["format"] != "merged":
             on = f"on {exported['original']} its logits are off by {gap:.0%} (relative)"
             notes.append(f"the adapter is for the quantised base; {on}")
@@ -111,7 +111,7 @@ class FinishedRun:
             "options": dict(plan.options) | {f"train.{k}": v for k, v in trained["arguments"].items()},
             "trained_parameters": trained["trained_parameters"],
             "seconds": {
-                "plan": read_json(seconds)["plan"] if seconds.is_file() else None,
+                "plan": plan_seconds(self.folder),
                 "train": trained["seconds"],
                 "evaluate": sum(record["seconds"] for _, record in self._scores),
             },
@@ -122,15 +122,24 @@ class FinishedRun:
         }
 
 
-def _read(path: Path, stage: str) -> Any:
-    if not path.is_file():
-        raise ArtefactError(
-            str(path),
-            got="no such file",
-            wanted="a finished run",
-            next_step=f"Run `keeptune {stage}` for this folder first.",
-        )
-    return read_json(path)
+def again(stage: str) -> str:
+    """Returns what to do where a stage's result is missing or damaged."""
+    return f"Run `keeptune {stage}` with the run's recipe, or `keeptune run`: what is missing or damaged is done again."
+
+
+def plan_seconds(folder: Path) -> float | None:
+    """Returns how long a run's plan took; None where that is not known."""
+    try:
+        with as_written(folder):
+            return float(read_json(folder / "plan" / "seconds.json")["plan"])
+    except ArtefactError:
+        return None
+
+
+def _read(path: Path, stage: str, read: Callable[[Path, str], Any] = read_json) -> Any:
+    if not path.exists():
+        raise ArtefactError(str(path), got="no such file", wanted="a finished run", next_step=again(stage))
+    return read(path, again(stage))
 
 
 def write_report(
@@ -152,7 +161,10 @@ def write_report(
             of one base.
     """
     runs = [FinishedRun(folder) for folder in folders]
-    entries = [run.entry for run in runs]
+    entries = []
+    for run in runs:
+        with as_written(run.folder, again=again("run")):
+            entries.append(run.entry)
     alike: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in entries:
         alike.setdefault((entry["name"], entry["seed"]), []).append(entry)
@@ -173,22 +185,24 @@ def write_report(
         )
     full = references_by_seed((run.entry["seed"], run.results) for run in runs if run.plan.method == _FULL)
     for run, entry in zip(runs, entries, strict=True):
-        entry |= trade_off(run.results, full.get(entry["seed"], outside[0].results if outside else None))
-        if run.folder == output:
+        with as_written(run.folder, again=again("run")):
+            entry |= trade_off(run.results, full.get(entry["seed"], outside[0].results if outside else None))
+            if run.folder != output:
+                continue
             # What was kept and lost; the card of the export knew no scores.
             text, card = model_card(entry, read_json(run.result / SIDECAR), run.recipe), run.result / "README.md"
-            if not card.is_file() or not same_but_versions(card.read_text(encoding="utf-8"), text):
+            there = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+            if not same_but_versions(there, text):
                 write_text(card, text)
     report = {"base": entries[0]["base"], "version": version("keeptune"), "methods": entries}
     record, page = output / "report.json", output / "report.html"
-    if keep and record.is_file() and page.is_file():
-        there: dict[str, Any] = read_json(record)
-        if report == {key: value for key, value in there.items() if key != "created"}:
-            return there
+    if keep and page.is_file() and (written := unchanged("report", record, report)) is not None:
+        return written
     report["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     from keeptune.report.pages.run_page import write_html  # loads plotly
 
-    write_html(report, page, _extras(runs, entries, output))
+    with as_written(output, again=again("run")):
+        write_html(report, page, _extras(runs, entries, output))
     write_json(record, report)  # last: where it is, the page is of it
     return report
 

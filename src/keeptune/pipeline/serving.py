@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from keeptune.adapter.load import SIDECAR
-from keeptune.core.artefact import read_json
+from keeptune.adapter.load import read_sidecar
 from keeptune.core.errors import ExportError, ProcessError, RecipeError, need_known
 from keeptune.core.processes import end_with_parent
 from keeptune.pipeline.gguf_export import NAME_IT, GgufOptions, export_gguf, written
@@ -81,7 +80,7 @@ def _command(name: str) -> list[str] | None:
 def _vllm_words(run: Path | str) -> list[str]:
     """Returns the words of an export's own line, with its rank, for its place now."""
     folder = TrainedModel.of(str(run)).folder
-    record = read_json(folder / SIDECAR).get("export", {}) if (folder / SIDECAR).is_file() else {}
+    record = read_sidecar(folder).get("export", {})
     line = str(record.get("serve", ""))
     if not line.startswith("vllm serve "):
         step = "Merge it (`keeptune merge`) and serve the folder, or take --using llama.cpp."

@@ -24,9 +24,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from keeptune.adapter.export import Base
-from keeptune.adapter.load import SIDECAR, check_base, load_adapter
+from keeptune.adapter.load import check_base, load_adapter, read_config, read_sidecar
 from keeptune.adapter.merging import PLAIN_STARTS
-from keeptune.core.artefact import read_json
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
@@ -76,7 +75,8 @@ class TrainedModel:
             ModelError: The source names no base, is a run that exported nothing yet, or a classifier of unknown labels.
         """
         folder = _result_of(source)
-        record, config = _json(folder / SIDECAR), _json(folder / "adapter_config.json")
+        config = read_config(folder) if (folder / "adapter_config.json").is_file() else {}
+        record = read_sidecar(folder)
         base = base or (config.get("base_model_name_or_path") if config else record.get("base"))
         if not base:
             raise ModelError(
@@ -89,7 +89,7 @@ class TrainedModel:
         if labels is None and config.get("task_type") == "SEQ_CLS":
             raise ModelError(
                 f"adapter {folder}",
-                got=f"a classifier without keeptune's {SIDECAR}",
+                got="a classifier without keeptune.json",
                 wanted="the labels that it distinguishes",
                 next_step="Merge it with PEFT: load the base with its number of labels, then merge_and_unload().",
             )
@@ -281,7 +281,3 @@ def _result_of(source: str) -> Path:
     folder = Path(source).expanduser()
     is_run = (folder / "plan").is_dir() and not (folder / "config.json").is_file()
     return find_result(folder) if is_run else folder
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return dict(read_json(file)) if file.is_file() else {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from keeptune.core.artefact import (
+    as_written,
     atomic_directory,
     canonical_json,
     content_key,
@@ -69,9 +70,10 @@ class StatStore:
         if not self._use(entry):
             return None
         try:
-            record = read_json(entry / "recipe.json")
-            return read_tensors(entry / "value.safetensors", record["sha256"])["value"]
-        except (ArtefactError, KeyError, TypeError) as error:
+            with as_written(entry):
+                record = read_json(entry / "recipe.json")
+                return read_tensors(entry / "value.safetensors", record["sha256"])["value"]
+        except ArtefactError as error:
             _log.warning("statistics: entry %s is damaged and will be recomputed (%s)", entry, error)
             return None
 

@@ -11,6 +11,7 @@ One lock is held whenever users name entries and whenever entries go: what a use
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import weakref
@@ -22,12 +23,13 @@ from typing import Any
 
 from pydantic import ByteSize
 
-from keeptune.core.artefact import explain_full_disk, read_json
+from keeptune.core.artefact import as_written, explain_full_disk, read_json
 from keeptune.core.errors import ArtefactError, StatisticsError
 from keeptune.core.locks import locked
 
 _log = logging.getLogger(__name__)
 _DIGIT = "[0-9a-f]"
+_LINE = re.compile(rf"^({_DIGIT}{{64}}) (\d{{1,18}})$", re.MULTILINE)
 _OVER = "statistics: what runs use takes %s, more than `store_limit` (%s); it stays in %s as long as they use it"
 
 
@@ -143,8 +145,7 @@ class StoreUse:
                 if dead:
                     file.unlink()
                     continue
-            for line in file.read_text(encoding="utf-8").splitlines():
-                key, size = line.split()
+            for key, size in _LINE.findall(file.read_text(encoding="utf-8", errors="replace")):
                 named[key] = max(named.get(key, 0), int(size))
         return named, present, sum({**named, **{entry.key: entry.bytes for entry in present}}.values())
 
@@ -193,7 +194,8 @@ def recorded(folder: Path) -> tuple[int, int | None]:
 
 def model_names(folder: Path) -> dict[str, str]:
     """Returns the paths or hub ids of the models of a store, by their fingerprints."""
-    return {file.name: file.read_text(encoding="utf-8") for file in folder.glob("use/models/*")}
+    notes = [file for file in folder.glob("use/models/*") if file.is_file()]
+    return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in notes}
 
 
 def _remove(entry: Entry) -> bool:
@@ -238,7 +240,8 @@ def is_of(entry: Entry, model: str, names: Mapping[str, str]) -> bool:
 
 def _recipe(entry: Entry) -> dict[str, Any]:
     try:
-        recipe: dict[str, Any] = read_json(entry.folder / "recipe.json")["recipe"]
-    except (ArtefactError, KeyError, TypeError):
+        with as_written(entry.folder):
+            recipe = dict(read_json(entry.folder / "recipe.json")["recipe"])
+            return recipe | {"source": dict(recipe.get("source", recipe))}
+    except ArtefactError:
         return {}
-    return recipe

@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keeptune.core.artefact import read_json, write_json
+from keeptune.core.artefact import write_json
 from keeptune.core.intervals import lower_is_better
 from keeptune.experiments.sequence.stages_section import StageSequence
 from keeptune.experiments.sequence.transfer_metrics import transfer_of
+from keeptune.pipeline.cache import unchanged
 
 
 def write_record(
@@ -62,10 +63,8 @@ def write_record(
         "recipes": {stage.name: stage.recipe.written() for stage in sequence.stages},
     }
     path = sequence.output / "sequence.json"
-    if path.is_file():
-        there: dict[str, Any] = read_json(path)
-        if record == {key: value for key, value in there.items() if key != "created"}:
-            return there
+    if (same := unchanged("sequence", path, record)) is not None:
+        return same
     record["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(path, record)
     return record

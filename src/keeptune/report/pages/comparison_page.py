@@ -7,14 +7,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
-from keeptune.core.artefact import write_text
+from keeptune.core.artefact import as_written, write_text
 from keeptune.core.intervals import mean_of_seeds
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import bar
 from keeptune.report.numbers import ends, listing, number
 from keeptune.report.pages.comparison_charts import Scales, cost, fronts, labels_of, setting_rows
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
-from keeptune.report.pages.page import complete, render, repeat
+from keeptune.report.pages.page import render, repeat
 
 _MOST_NAMED: Final = 6
 Front = Mapping[str, Any]
@@ -31,7 +31,10 @@ def write_comparison(runs: Mapping[str, Any], front: Front, path: str | os.PathL
     write_figures([chart], Path(path).parent / "figures")
 
 
-@complete("runs.json or front.json", "Run `keeptune compare` again; it makes them anew from the runs that are there.")
+@as_written(
+    "runs.json or front.json",
+    again="Run `keeptune compare` again; it makes them anew from the runs that are there.",
+)
 def render_comparison(runs: Mapping[str, Any], front: Front) -> str:
     """Returns the page, always the same of the same records; an ArtefactError names what a record lacks."""
     rows = runs["runs"]

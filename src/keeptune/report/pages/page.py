@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 
-from keeptune.core.errors import ArtefactError
 from keeptune.core.versions import versions
 from keeptune.report.numbers import count, duration, gap, listing, number, option_text, set_options, signed
 
@@ -70,17 +68,6 @@ def render(template: str, charts: Sequence[Chart | None], base: object, changed:
             **values,
         )
     )
-
-
-@contextmanager
-def complete(record: str, again: str) -> Iterator[None]:
-    """Turns what reading an incomplete record raises into an error that names what the record lacks."""
-    try:
-        yield
-    except (KeyError, TypeError, IndexError, UndefinedError) as error:
-        raise ArtefactError(
-            record, got=f"{type(error).__name__}: {error}", wanted="the records that keeptune wrote", next_step=again
-        ) from error
 
 
 def _source(name: str) -> str:

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keeptune.core.artefact import write_text
+from keeptune.core.artefact import as_written, write_text
 from keeptune.report.figures import write_figures
 from keeptune.report.grids import Grid
 from keeptune.report.pages.item_rows import lost_and_gained, read_items
-from keeptune.report.pages.page import complete, render, repeat
+from keeptune.report.pages.page import render, repeat
 from keeptune.report.pages.run_tables import benchmark_tables
 from keeptune.report.pages.sequence_charts import Record, course, lines, losses, matrices
 from keeptune.report.records import as_report
@@ -25,7 +25,7 @@ def write_sequence(record: Record, path: str | os.PathLike[str]) -> None:
     write_text(Path(path), page)  # last: where it is, all is
 
 
-@complete("sequence.json", "Run the sequence again; it makes the record anew from the stages that are there.")
+@as_written("sequence.json", again="Run the sequence again; it makes the record anew from the stages that are there.")
 def render_sequence(record: Record) -> str:
     """Returns the page, always the same of the same record; an ArtefactError names what the record lacks."""
     maps, over, progress, lost = matrices(record), lines(record), course(record), losses(record)
