@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.attack_runs import (
+    OTHERS,
     Ended,
     Limits,
     Started,
@@ -58,7 +59,7 @@ def kill(kind: str, number: int, seed: int, work: Path) -> Found:
         if ended.code not in (0, _KILLED):
             return [f"exit code {ended.code}: {ended.said[-600:]}"], {"at": moments, "kills": kills}
     last = command(*words, folder=here)
-    problems = done_as(last, here, reference, "/checkpoints/" if before else "")
+    problems = done_as(last, here, reference, OTHERS if before else "")
     return problems, {"at": moments, "kills": kills, "another before": before is not None}
 
 
@@ -165,7 +166,7 @@ def two_processes(number: int, seed: int, work: Path) -> Found:
         problems.append(f"exit codes {done['codes']}: {[ended.said[-300:] for ended in said]}")
     if how == "other":  # the first recipe again: whatever the second made of the folder
         paths[1].unlink()
-        return problems + done_as(command(verb(kind), paths[0], folder=here), here, reference, "/checkpoints/"), done
+        return problems + done_as(command(verb(kind), paths[0], folder=here), here, reference, OTHERS), done
     if how == "store":
         one, two = (adapters(folder) for folder in (reference / "out", here / "second" / "out"))
         problems += [] if one == two and one else ["another adapter beside the shared store"]

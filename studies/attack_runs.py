@@ -36,6 +36,7 @@ _UNLIKE = re.compile(
     r"(log\.txt|report\.html|runs\.parquet|training_args\.bin)$|^store/use/"
     r"|/checkpoints/.*(README\.md|checksums\.json|adapter_config\.json)$"
 )
+OTHERS = r"store/|.*/checkpoints/"  # what another recipe leaves in a folder
 _WRONG = 2  # the exit code of what the user can correct
 
 
@@ -238,11 +239,12 @@ def differences(found: Path, wanted: Path, may_stay: str = "") -> list[str]:
     """Return in what a folder differs from that of the run that nobody attacked; laws 1 to 3.
 
     (1) Every file of it is there with its bytes, times aside; (2) there is no other file, so no temporary one, but for
-    those whose names hold ``may_stay``; (3) pages are whole, and of the record beside them.
+    those whose names match ``may_stay`` and are not temporary; (3) pages are whole, and of the record beside them.
     """
     one, other = contents(found), contents(wanted)
     said = [f"{name}: missing" for name in other if name not in one]
-    said += [f"{name}: left over" for name in one if name not in other and not (may_stay and may_stay in name)]
+    others = [name for name in one if name not in other]
+    said += [f"{name}: left over" for name in others if not re.match(may_stay or "$", name) or _is_temporary(name)]
     said += [f"{name}: other bytes" for name in one if name in other and one[name] != other[name]]
     for page in found.rglob("report.html"):
         text = page.read_text(encoding="utf-8")
@@ -251,6 +253,10 @@ def differences(found: Path, wanted: Path, may_stay: str = "") -> list[str]:
         if not text.rstrip().endswith("</html>") or not made or made[0] not in text:
             said.append(f"{page.relative_to(found)}: not whole, or not of its record")
     return said
+
+
+def _is_temporary(name: str) -> bool:
+    return any(map(_LEFT.fullmatch, Path(name).parts))
 
 
 def leftovers(folder: Path) -> list[str]:

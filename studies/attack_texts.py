@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import markdown
+
 from studies.attack_kills import Found
 from studies.attack_runs import ASSETS, Limits, command, fresh, recipe, told, verb, written
 
@@ -152,7 +154,7 @@ def html(number: int, seed: int, work: Path) -> Found:
     payload = PAYLOADS[number % len(PAYLOADS)]
     kind = ("run", "compare", "stages")[number // len(PAYLOADS) % 3]
     here = fresh(work)
-    model = here / payload.replace("/", "_")
+    model = here / ("<img src=x onerror=" + MARK + "()>" if "/" in payload else payload)
     model.symlink_to(ASSETS / "models/stories260K")
     given = recipe(kind, here) | {"model": str(model)}
     problems_of_arithmetic = here / "rows.jsonl"
@@ -170,6 +172,9 @@ def html(number: int, seed: int, work: Path) -> Found:
     found = told(ended) if ended.code else []
     for page in (*here.rglob("*.html"), *here.rglob("README.md")):
         raw = page.read_text(encoding="utf-8")
+        if page.suffix == ".md":  # its head is YAML, which nobody shows
+            text = raw.removeprefix("---").partition("\n---\n")[2] or raw
+            raw = markdown.markdown(text, extensions=["fenced_code", "tables"])
         found += [f"{page.relative_to(here)}: {text}" for text in injected(raw)]
     return found, {"kind": kind, "payload": payload, "code": ended.code}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown import markdown
 from tests.report.conftest import run
 
 from keeptune.report.pages.card import model_card, same_but_versions
@@ -131,3 +132,10 @@ def test_the_base_of_an_adapter_is_loaded_as_it_was_quantised_and_the_gap_on_its
     assert "those of org/tiny differ by 1.2e+01, relative 3.1e-01" in text
     merged = read(model_card(entry(), sidecar(export=apart | {"format": "merged"}), RECIPE)).text
     assert "quantization_config" not in merged and "against the adapter on the original" in merged
+
+
+@pytest.mark.parametrize("name", ["<img src=x onerror=a()>", "[a](javascript:a())", "a`<b>`", "a|b"])
+def test_names_are_shown_as_they_are_and_are_no_markup(name: str) -> None:
+    text = model_card(entry(name=name), sidecar(base=f"models/{name}"), RECIPE).partition("\n---\n")[2]
+    shown = markdown(text, extensions=["tables", "fenced_code"])
+    assert not any(mark in shown for mark in ("<img", "href", "<b>", "<h1></h1>"))
