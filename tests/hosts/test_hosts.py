@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from keeptune.core.errors import KeeptuneError, TrainError
 from keeptune.hosts.adopted import refuse_adapter
 from keeptune.hosts.callback import Callback, warn_untried
-from keeptune.hosts.section import HostSection, callback_of
+from keeptune.hosts.programs import HostSection, callback_of
 from keeptune.model.pretrained import load_model
 
 

@@ -1,4 +1,4 @@
-"""The command that starts another one in several processes: launch."""
+"""Commands that start another program: launch, a command in several processes; llamafactory, with keeptune in it."""
 
 import shlex
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import echo
 
-from keeptune.cli.shared import RecipeFile, load
+from keeptune.cli.shared import RecipeFile, load, overrides_of
 
 
 def launch(
@@ -51,3 +51,13 @@ def launch(
         echo(waits + shlex.join(asked.words(config, words)), err=True)
         code = start(asked, config, words)
     raise typer.Exit(code)
+
+
+def llamafactory(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="LLaMA-Factory's YAML file, with a section `keeptune:`.")],
+) -> None:
+    """Train with LLaMA-Factory, and keeptune in its trainer; its keys can be set as --key value."""
+    from keeptune.hosts.programs import run_llamafactory
+
+    run_llamafactory(file, overrides_of(context))

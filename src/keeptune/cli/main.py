@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer import echo
 
-from keeptune.cli import compare, dry_run, hosts, launch, serve, show_data, store_commands, studies
+from keeptune.cli import compare, dry_run, launch, serve, show_data, store_commands, studies
 from keeptune.cli.first_steps import doctor, init
 from keeptune.cli.repair import check, repair
 from keeptune.cli.share import compare_served, merge, push
@@ -153,7 +153,7 @@ def evaluate(
 
 
 app.command("data", context_settings=OVERRIDES)(show_data.show_data)
-for _starts_another in (launch.launch, hosts.llamafactory):  # launch passes --json on to it
+for _starts_another in (launch.launch, launch.llamafactory):  # launch passes --json on to it
     typer.Typer.command(app, context_settings=OVERRIDES)(_starts_another)
 for _with_recipe in (
     init,
