@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 import yaml
+from jinja2 import Environment
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from keeptune.core.errors import RecipeError
@@ -31,22 +32,7 @@ _SETTINGS: Final[tuple[tuple[int, dict[str, Any], dict[str, Any]], ...]] = (
     (4, _PAGED, {"quantization": _NF4}),
     (1, _PAGED, {"quantization": _NF4}),
 )
-_ABOUT: Final = {
-    "model": "A folder or a hub id.",
-    "task": "What to learn: a file, a folder, or org/name on the hub. `keeptune data` shows what is learned of it.",
-    "knowledge": "What should stay as it is: general is a mixture that ships.",
-    "method": "LoRA that may lose `nats` per token of what the base knew; more of them learn more and keep less.",
-    "quantization": "The base in 4 bits: it does not fit otherwise.",
-    "train": "Any field of TRL's SFTConfig.",
-    "output": "The folder of the run: adapter/, report.html, report.json.",
-}
-_OWN: Final = "# knowledge: general, or {file: keep.jsonl}. Without it the base first writes 256 texts.\n"
-_MORE: Final = """
-# What was learned and lost, on the same items before and after:
-# evaluate:
-#   - {name: arc_easy, examples: 200}  # pip install 'keeptune[benchmarks]'
-#   - {name: mine, role: task, file: test.jsonl, prompt: "{question}", answer: "{answer}", metric: exact_match}
-"""
+_TEMPLATE: Final = Path(__file__).with_suffix(".yaml.j2")
 
 
 def first_recipe(given: Mapping[str, Any], *, keep: str = "own", card: str = "auto") -> tuple[str, str]:
@@ -86,16 +72,18 @@ def first_recipe(given: Mapping[str, Any], *, keep: str = "own", card: str = "au
         account = DryRun(job, shape, Lengths(job, shape.positions))
         need = sum(account.memory[account.peak].values())
         if need <= _FREE * room:
-            parts = ["# Written by `keeptune init`; every key: docs/guides/recipe.md.\n"]
-            for key, value in values.items():
-                about = f"# {_ABOUT[key]}\n" if key in _ABOUT else ""
-                parts.append(about + yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100))
-                if key == "task" and "knowledge" not in values:
-                    parts.append(_OWN)
-            return "\n".join(parts) + _MORE, f"{size_text(need)} at its peak ({account.peak}), of {size_text(room)}"
+            template = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(
+                _TEMPLATE.read_text("utf-8")
+            )
+            told = f"{size_text(need)} at its peak ({account.peak}), of {size_text(room)}"
+            return template.render(values=values, yaml=_yaml), told
     raise RecipeError(
         "init --card",
         got=f"{size_text(room)}, where {size_text(need)} are needed",
         wanted="memory for the model",
         next_step="Take a smaller model, `--train.max_length 512`, or several cards (`keeptune launch`).",
     )
+
+
+def _yaml(key: str, value: Any) -> str:
+    return yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100)
