@@ -32,7 +32,7 @@ _SETTINGS: Final[tuple[tuple[int, dict[str, Any], dict[str, Any]], ...]] = (
     (4, _PAGED, {"quantization": _NF4}),
     (1, _PAGED, {"quantization": _NF4}),
 )
-_TEMPLATE: Final = Path(__file__).with_suffix(".yaml.j2")
+_JINJA: Final = Environment(trim_blocks=True, keep_trailing_newline=True)
 
 
 def first_recipe(given: Mapping[str, Any], *, keep: str = "own", card: str = "auto") -> tuple[str, str]:
@@ -72,9 +72,7 @@ def first_recipe(given: Mapping[str, Any], *, keep: str = "own", card: str = "au
         account = DryRun(job, shape, Lengths(job, shape.positions))
         need = sum(account.memory[account.peak].values())
         if need <= _FREE * room:
-            template = Environment(trim_blocks=True, keep_trailing_newline=True).from_string(
-                _TEMPLATE.read_text("utf-8")
-            )
+            template = _JINJA.from_string(Path(__file__).with_suffix(".yaml.j2").read_text("utf-8"))
             told = f"{size_text(need)} at its peak ({account.peak}), of {size_text(room)}"
             return template.render(values=values, yaml=_yaml), told
     raise RecipeError(

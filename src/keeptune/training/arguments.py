@@ -39,20 +39,14 @@ _OURS = {
 }
 _PLAIN = "a field of Transformers' TrainingArguments, or max_length"
 _SCALARS = {int, float, bool, str, type(None)}
-_SEEDS = 2**32 - 1  # NumPy's
-_LEAST = {
-    "seed": 0,
-    "learning_rate": 0,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "logging_steps": 0,
-    "save_steps": 0,
-    "max_length": 1,
-    "label_smoothing": 0,
-    "ld_alpha": 0,
+_SEEDS: Mapping[str, Any] = {"ge": 0, "le": 2**32 - 1}  # NumPy's
+_LIMITS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(("learning_rate", "logging_steps", "save_steps"), {"ge": 0}),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"), {"ge": 1}),
+    **dict.fromkeys(("beta", "desirable_weight", "undesirable_weight"), {"gt": 0}),
+    "label_smoothing": {"ge": 0, "le": 0.5},
+    "ld_alpha": {"ge": 0, "le": 1},
 }
-_MOST = {"label_smoothing": 0.5, "ld_alpha": 1}
-_ABOVE = {"beta": 0, "desirable_weight": 0, "undesirable_weight": 0}
 _WORDS = ("loss_type", "f_divergence_type")  # of TRL's preference trainers, which check them at the first step
 
 
@@ -67,7 +61,7 @@ def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] 
         RecipeError: A field does not exist, is keeptune's own, or has a wrong value.
     """
     pairs_up = kind is KTOConfig and arguments.get("loss_type", "kto") == "kto"  # with the answers of its batch
-    least = {**_LEAST, "per_device_train_batch_size": 2} if pairs_up else _LEAST
+    limits = {**_LIMITS, "per_device_train_batch_size": {"ge": 2}} if pairs_up else _LIMITS
     hints = typing.get_type_hints(SFTConfig) | typing.get_type_hints(kind)
     own = kind is not TrainingArguments
     wanted = f"a field of TRL's {kind.__name__} or Transformers' TrainingArguments" if own else _PLAIN
@@ -82,7 +76,7 @@ def check_arguments(arguments: Mapping[str, Any], kind: type[TrainingArguments] 
             raise RecipeError(where, got="an unknown key", wanted=wanted, next_step=hint)
         if key in _WORDS and kind is not SFTConfig:
             _check_words(where, value, kind)
-        checked[key] = _check_value(key, value, hints[key], least.get(key))
+        checked[key] = _check_value(key, value, hints[key], limits.get(key))
     return checked
 
 
@@ -95,12 +89,11 @@ def _check_words(where: str, value: Any, kind: type[Any]) -> None:
         need_known(word, known, where, "one that TRL has")
 
 
-def _check_value(key: str, value: Any, hint: Any, least: float | None) -> Any:
+def _check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any] | None) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not _SCALARS.issuperset(kinds):
         return value
-    least, most = (0, _SEEDS) if key.endswith("seed") else (least, _MOST.get(key))
-    bounds = Field(ge=least, gt=_ABOVE.get(key), le=most, allow_inf_nan=False)
+    bounds = Field(**(_SEEDS if key.endswith("seed") else limits or {}), allow_inf_nan=False)
     hint = functools.reduce(operator.or_, (Annotated[one, bounds] if one in (int, float) else one for one in kinds))
     try:
         return TypeAdapter(hint).validate_python(value)

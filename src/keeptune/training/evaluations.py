@@ -56,14 +56,10 @@ class Evaluations:
     def notes(self, rows: Rows) -> list[str]:
         """Returns what is to be said of the state that was kept."""
         best = self.best(rows)
-        return (
-            []
-            if best is None
-            else [
-                f"stop_at_loss {self.stop_at_loss:g}: the state of step {best['step']:.0f} is kept, at which "
-                f"{best[FORGETTING]:.2g} was lost; it was chosen by the benchmarks' own scores"
-            ]
-        )
+        if best is None:
+            return []
+        lost = f"at which {best[FORGETTING]:.2g} was lost; it was chosen by the benchmarks' own scores"
+        return [f"stop_at_loss {self.stop_at_loss:g}: the state of step {best['step']:.0f} is kept, {lost}"]
 
 
 def evaluated(rows: Rows) -> list[dict[str, float]]:
