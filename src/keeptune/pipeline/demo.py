@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
@@ -24,29 +26,15 @@ WAYS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
     "kl": {"method": _LORA, "penalties": ["kl"]},
     "keep": {"method": {"name": "keep"}},
 }
-_QUESTION = {"prompt": "{question}\nAnswer:", "answer": "{answer}", "metric": "exact_match", "max_new_tokens": 16}
-_TOPIC = {"prompt": "{text}\nTopic:", "answer": "{topic}", "metric": "exact_match", "max_new_tokens": 16}
 
 
 def demo_recipe(
     method: Mapping[str, Any], learning_rate: float, output: Path, *, seed: int, store: Path, steps: int = STEPS
 ) -> dict[str, Any]:
     """Returns the recipe of one run of the demo, as a YAML file would hold it."""
-    train = {"learning_rate": learning_rate, "max_steps": steps, "per_device_train_batch_size": 32, "seed": seed}
-    return {
-        "model": "atlas",
-        "method": dict(method),
-        "knowledge": {"file": "atlas:calibration.jsonl", "text": "{question}\nAnswer: {answer}", "examples": 256},
-        "task": {"train": "atlas:topics.train.jsonl", "prompt": "{text}\nTopic:", "completion": " {topic}"},
-        "train": train,
-        "evaluate": [
-            {"name": "facts", "role": "knowledge", "file": "atlas:facts.jsonl", **_QUESTION},
-            {"name": "topics", "role": "task", "file": "atlas:topics.test.jsonl", **_TOPIC},
-        ],
-        "output": str(output),
-        "store": str(store),
-        "device": "cpu",
-    }
+    values: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("demo.yaml").read_text("utf-8"))
+    values["train"] |= {"learning_rate": learning_rate, "max_steps": steps, "seed": seed}
+    return values | {"method": dict(method), "output": str(output), "store": str(store)}
 
 
 def demo(output: Path, *, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
