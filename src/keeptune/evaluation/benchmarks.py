@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from keeptune.core.errors import DataError, RecipeError, need_known
 from keeptune.core.options import Options, Range
 from keeptune.data.chat_template import ChatOptions, ChatTemplate, on_one_day
-from keeptune.evaluation.metrics import LABELS, PAIRS, SCORES, Metric, Normalisation
+from keeptune.evaluation.metrics import ASKED, LABELS, PAIRS, SCORES, Metric, Normalisation
 
 if TYPE_CHECKING:
     from keeptune.evaluation.standard.entry import NamedBenchmark
@@ -23,7 +23,6 @@ Role = Literal["knowledge", "task"]
 
 _TEMPLATES = ("messages", "prompt", "answer", "choices", "text", "text_pair", "chosen", "rejected")
 _CLASSIFIER = (*LABELS, *SCORES)
-_ASKED = ("exact_match", "multiple_choice", "cross_entropy")  # those that conversations are scored by
 # Of each metric the templates that it needs, with an example.
 _LABELLED = {"text": "{sentence}", "answer": "{label}"}
 _NEEDED: dict[str, dict[str, str]] = {
@@ -169,7 +168,7 @@ class FileBenchmark(Benchmark):
                 wanted="`prompt`, the user's turn",
                 next_step="Leave `chat` out; whole conversations are named by `messages`.",
             )
-        if self.messages is not None and self.metric in _ASKED:
+        if self.messages is not None and self.metric in ASKED:  # those that conversations are scored by
             needed = {"messages": "{messages}"} | {k: v for k, v in needed.items() if k not in ("prompt", "text")}
         for field in _TEMPLATES:
             given = getattr(self, field) is not None

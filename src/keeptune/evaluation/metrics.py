@@ -29,7 +29,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,24 +38,15 @@ from scipy import stats
 from keeptune.core.bootstrap import bootstrap
 from keeptune.core.intervals import lower_is_better
 
-Metric = Literal[
-    "exact_match",
-    "multiple_choice",
-    "cross_entropy",
-    "preference_accuracy",
-    "reward_accuracy",
-    "accuracy",
-    "f1",
-    "matthews",
-    "pearson",
-    "spearman",
-]
+_Asked = Literal["exact_match", "multiple_choice", "cross_entropy"]  # of language models
+_Pair = Literal["preference_accuracy", "reward_accuracy"]  # of their likelihoods of a better and a worse answer
+_Label = Literal["accuracy", "f1", "matthews"]  # of a classifier's labels
+_Score = Literal["pearson", "spearman"]  # of a regression's scores
+Metric = Literal[_Asked, _Pair, _Label, _Score]
+ASKED, PAIRS, LABELS, SCORES = map(get_args, (_Asked, _Pair, _Label, _Score))
 # Metrics of results: those above, and those of standard benchmarks.
 Measure = Metric | Literal["accuracy_norm", "pass_at_1", "prompts_followed", "instructions_followed"]
 Normalisation = Literal["qa", "exact"]
-LABELS = ("accuracy", "f1", "matthews")  # of a classifier's labels
-SCORES = ("pearson", "spearman")  # of a regression's scores
-PAIRS = ("preference_accuracy", "reward_accuracy")  # of a language model's likelihoods of a better and a worse answer
 
 _LOG = logging.getLogger(__name__)
 _ARTICLES = re.compile(r"\b(?:The |the |An |A |a |an )")
