@@ -40,6 +40,7 @@ class TableRow:
     scorings: Mapping[str, Scoring] = field(default_factory=dict)  # by name; ``standard`` is lm-eval's
     content: tuple[str, ...] = ("question",)  # fields of an item that together identify it, to find it in other data
     code: bool = False  # answers are programs, which are run
+    word: str = ""  # LLM-Adapters' for a choice
     hub: bool = True  # lm-eval can fetch it; else its data must be named
     fields: tuple[str, ...] = ()  # of local data, which are kept; none where rows have several forms, or any
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of local data, by split

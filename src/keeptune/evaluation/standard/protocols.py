@@ -26,6 +26,7 @@ from typing import Any
 
 from keeptune.data.sources import Row
 from keeptune.evaluation.metrics import exact_match
+from keeptune.evaluation.standard.entry import NAMES
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -107,22 +108,12 @@ def metamath_math(row: Row, text: str) -> float:
     return float(len(parts) > 1 and is_equiv(said, row["answer"]))
 
 
-_WORDS: Mapping[str, str] = {
-    "piqa": "solution",
-    "winogrande": "option",
-    "hellaswag": "ending",
-    "arc_easy": "answer",
-    "arc_challenge": "answer",
-    "openbookqa": "answer",
-}
-
-
 def adapters_instruction(name: str, row: Row) -> tuple[str, str]:
     """Returns a row of the hub's data in LLM-Adapters' instruction form, and the right word, such as ``answer2``."""
     if name == "boolq":
         body = f"Please answer the following question with true or false, question: {row['question']}?"
         return f"{body}\n\nAnswer format: true/false", "true" if row["label"] else "false"
-    word, between, gap = _WORDS[name], " ", "\n\n"
+    word, between, gap = NAMES[name].word, " ", "\n\n"
     task = f"Please choose the correct {word} to"
     if name == "piqa":
         question, choices, right = f"{task} the question: {row['goal']}", [row["sol1"], row["sol2"]], int(row["label"])
@@ -148,7 +139,7 @@ def adapters_answer(name: str, text: str) -> str:
     >>> adapters_answer("arc_easy", " the correct answer is answer3, not answer1")
     'answer3'
     """
-    words = "true|false" if name == "boolq" else "|".join(f"{_WORDS[name]}{number}" for number in range(1, 6))
+    words = "true|false" if name == "boolq" else "|".join(f"{NAMES[name].word}{number}" for number in range(1, 6))
     match = re.search(words, text.strip())
     return match[0] if match else ""
 
@@ -213,7 +204,7 @@ PROTOCOLS: Mapping[tuple[str, str], Protocol] = {
         new_tokens=512,
         right=None,
     ),
-    **{("llm-adapters", name): _adapters(name) for name in ("boolq", *_WORDS)},
+    **{("llm-adapters", name): _adapters(name) for name, row in NAMES.items() if "llm-adapters" in row.scorings},
 }
 
 
