@@ -63,6 +63,18 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_short(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's own embedding, first four of thirty blocks, tokenizer and chat template."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2-short")
+    config = AutoConfig.from_pretrained(smollm2, num_hidden_layers=4)
+    AutoModelForCausalLM.from_pretrained(smollm2, config=config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2_file(smollm2: Path) -> Path:
     """SmolLM2-135M-Instruct as the GGUF file that its package carries, beside :func:`smollm2`."""
     from keeptune.core.locks import locked

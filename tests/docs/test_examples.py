@@ -91,13 +91,13 @@ def test_penalty_loop(run: Run) -> None:
 
 @pytest.mark.real
 def test_conversations_teach_a_habit(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smollm2_short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     chat = importlib.import_module("chat")
-    chat.main(tmp_path, str(smollm2), steps=1, items=2, methods={"lora": chat.METHODS["lora"]})
+    chat.main(tmp_path, str(smollm2_short), steps=1, items=2, methods={"lora": chat.METHODS["lora"]})
     out = capsys.readouterr().out
-    assert re.search(r"lora: numbers 0\.00 -> \d\.\d\d, arc_easy \d\.\d\d -> \d\.\d\d, c4 \d\.\d\d -> \d\.\d\d", out), (
-        out
-    )
+    assert re.search(
+        r"lora: numbers 0\.00 -> \d\.\d\d, arc_easy \d\.\d\d -> \d\.\d\d, c4 \d+\.\d\d -> \d+\.\d\d", out
+    ), out
     assert "How many are there?" in (tmp_path / "report.html").read_text(encoding="utf-8")

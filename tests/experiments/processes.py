@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,7 +67,8 @@ def work(folder: Path, adapter: Path) -> None:
     run_sequence(load_sequence(folder / "stages.yaml"))
 
 
-if __name__ == "__main__":
+def main(folder: str, adapter: str) -> None:
+    """Works as one of the processes of a launcher."""
     processes._ALIKE = 3  # seconds
     with joined():
-        work(*map(Path, sys.argv[1:]))
+        work(Path(folder), Path(adapter))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.assets import DATA
-from tests.experiments.processes import error_of_first, work
+from tests.experiments.processes import error_of_first, main, work
+from tests.forks import Forks
 from tests.pipeline.support import values, write_data, write_recipe
 
 from keeptune.core.artefact import read_json
@@ -20,7 +18,6 @@ from keeptune.experiments.engine import tasks_of
 from keeptune.experiments.plan_runs import list_runs, load_comparison
 
 pytest.importorskip("lm_eval")
-ROOT = Path(__file__).parents[2]
 LORA = {"name": "lora", "rank": 4}  # without dropout, which each process draws for its own texts
 NAMED = {"name": "arc_easy", "data": str(DATA / "commonsense"), "examples": 3}
 BOUND = 1e-4  # of scores after training that agrees to rounding
@@ -48,17 +45,13 @@ def _write(folder: Path, data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def both(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of one process and of two; the adapter that both score is that of the one."""
     folder = tmp_path_factory.mktemp("processes")
     data = write_data(folder / "data")
     one, two = (_write(folder / name, data) for name in ("one", "two"))
     work(one, one / "run" / "adapter")
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.experiments.processes"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    command = [sys.executable, "-m", *words, str(two), str(one / "run" / "adapter")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.together(main, 2, two, one / "run" / "adapter")
     return one, two
 
 

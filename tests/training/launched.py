@@ -48,7 +48,7 @@ from keeptune.training.trainer import train
 __all__ = ["BACKENDS", "CASES", "SHARD", "Case", "Found", "goes_on", "learned", "main", "resumed"]
 
 SHARD = "the shard of the first process"
-STEPS, SAVED, STEP = 12, 6, 6  # of 20 examples: every fourth step has two of them
+STEPS, SAVED, STEP = 8, 6, 6  # of 20 examples: every fourth step has two of them
 Found = dict[str, Tensor]
 BACKENDS = {
     "ddp": {},

@@ -115,11 +115,12 @@ def test_optimisers_of_bitsandbytes(optim: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.real
 def test_smollm2_in_four_bits_takes_the_penalised_step_with_and_without_checkpointing(
-    smollm2: Path, tmp_path: Path
+    smollm2_short: Path, tmp_path: Path
 ) -> None:
     """On real weights, and in bfloat16, as people train: a Fisher's factors, and KL beside them."""
     quantization = NF4 | {"bnb_4bit_compute_dtype": "bfloat16"}
-    model, tokenizer = load_model(str(smollm2), LoadOptions(quantization=quantization)), load_tokenizer(str(smollm2))
+    model = load_model(str(smollm2_short), LoadOptions(quantization=quantization))
+    tokenizer = load_tokenizer(str(smollm2_short))
     texts = ["Paris is the capital of France.", "Water boils at 100 degrees.", "The moon orbits the earth."]
     data: Any = {"knowledge": tokenize_calibration(texts, tokenizer, max_length=32, where="knowledge")}
     before = body_fingerprint(model)
@@ -129,7 +130,7 @@ def test_smollm2_in_four_bits_takes_the_penalised_step_with_and_without_checkpoi
         StatStore(tmp_path),
         data=data,
         penalties=[Kl(batch_size=3)],
-        options=PlanOptions(layers=[28, 29]),
+        options=PlanOptions(layers=[2, 3]),
     )
     made = tuned(plan, model)
     ids = torch.tensor([tokenizer("Rome is the capital of Italy.")["input_ids"]])
