@@ -110,7 +110,7 @@ def test_wrong_recipes_are_refused(make: Make, changes: dict[str, Any], message:
 
 
 @pytest.mark.real
-def test_smollm2_learns_what_is_preferred(smollm2: Path, make: Make, tmp_path: Path) -> None:
+def test_smollm2_learns_what_is_preferred(smollm2_short: Path, make: Make, tmp_path: Path) -> None:
     """Messages through the chat template, in bfloat16 on a twin: rewards of unseen pairs rise in two steps."""
     pairs = [
         {
@@ -123,7 +123,7 @@ def test_smollm2_learns_what_is_preferred(smollm2: Path, make: Make, tmp_path: P
     write_jsonl(tmp_path / "pairs.jsonl", pairs[:8])
     write_jsonl(tmp_path / "test.jsonl", pairs[8:])
     train = TRAIN | {"max_steps": 2, "learning_rate": 5e-3, "save_strategy": "no"}
-    given = make(model=str(smollm2), dtype="bfloat16", layers=[0], knowledge=None, train=train)
+    given = make(model=str(smollm2_short), dtype="bfloat16", layers=[0], knowledge=None, train=train)
     run(recipe_of(given | {"evaluate": given["evaluate"][:1]}))
     loss = read_json(tmp_path / "out" / "trained" / "train.json")["loss"]
     assert loss[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)

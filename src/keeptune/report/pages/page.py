@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 _POLICY = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 
+@cache
 def environment(autoescape: bool = True) -> Environment:
     """Returns Jinja with the templates of the pages and of the card."""
-    loader = PackageLoader("keeptune.report.pages", "templates")
-    made = Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined)
-    made.trim_blocks = made.lstrip_blocks = True
+    given: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    made = Environment(loader=PackageLoader(__package__, "templates"), autoescape=autoescape, **given)
     made.filters |= {"number": number, "parameters": count, "duration": duration, "gap": gap, "set": set_options}
     made.filters |= {"option": option_text, "listing": listing, "signed": signed}
     return made
