@@ -21,6 +21,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring forward long fixtures: a worker that is done takes tests from another's end, and would make them again."""
+    early = ("test_launched.py", "test_distributed.py", "test_launch.py")
+    later = [item for item in items if item.path.name not in early]
+    place = next((number for number, item in enumerate(later) if item.path.parent.name == "hosts"), 0)
+    items[:] = [*later[:place], *(item for item in items if item.path.name in early), *later[place:]]
+
+
 def pytest_collection_finish() -> None:
     """Exempt what is imported from garbage collections: Trainer starts one at every run, 0.4 s with all libraries."""
     gc.collect()
