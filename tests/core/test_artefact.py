@@ -329,7 +329,8 @@ def test_files_and_folders_have_the_modes_that_the_umask_leaves(umask: int, tmp_
 
 @pytest.mark.parametrize("token", ["hf_" + "aB3" * 10, "sk-proj-" + "aB3" * 10, "github_pat_" + "aB3" * 8])
 def test_no_access_token_is_written(token: str, tmp_path: Path) -> None:
-    write_json(tmp_path / "record.json", {"url": f"https://user:{token}@hub", "task": "disk-labelling-of-everything"})
+    record = {"url": f"https://user:{token}@hub", "task": "disk-labelling-of-everything", "said": f"mine:\n{token}\n"}
+    write_json(tmp_path / "record.json", record)
     written = (tmp_path / "record.json").read_text(encoding="utf-8")
     assert token[8:] not in written
     assert "***@hub" in written

@@ -28,7 +28,7 @@ def redacted(text: str) -> str:
             text = text.replace(value, "***")
     for begin, rest in _TOKENS.items():
         if begin in text:
-            text = re.sub(rf"{begin}(?<!\w{begin}){rest}", "***", text)
+            text = re.sub(rf"{begin}(?:(?<!\w{begin})|(?<=\\[nrt]{begin})){rest}", "***", text)  # in JSON after \\n too
     for word in _WORDS:
         if word in text:
             text = re.sub(word + _VALUE, _without_value, text)

@@ -52,6 +52,7 @@ def load(
             found = splits[wanted]
         else:
             found = load_dataset(repo, config, split=wanted, revision=revision or at or None)
+        found.data.validate(full=True)  # else damaged offsets end the process
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise _not_given(f"{where} {name}", error, "a dataset: a folder, or org/name on the hub") from error
     # Arrow gives all objects of a column the same keys; columns of JSON keep their own.

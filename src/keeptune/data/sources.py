@@ -96,10 +96,12 @@ def _table(path: Path, where: str) -> list[Row]:
             with path.open("rb") as file:
                 reader = ipc.open_file(file) if file.read(6) == b"ARROW1" else ipc.open_stream(path.read_bytes())
                 table = reader.read_all()
-    except (ArrowException, OSError) as error:
+        table.validate(full=True)  # else damaged offsets end the process
+        rows = table.to_pylist()
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: dates that Python has not
         raise _damaged(where, error, "a Parquet table or an Arrow file") from error
     # Null in an object is a key that it does not have.
-    return [{key: hub.without_nulls(value) for key, value in row.items()} for row in table.to_pylist()]
+    return [{key: hub.without_nulls(value) for key, value in row.items()} for row in rows]
 
 
 _READERS = {".csv": _separated, ".tsv": _separated, ".parquet": _table, ".arrow": _table}
