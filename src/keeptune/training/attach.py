@@ -85,7 +85,7 @@ def add_plan(trainer: Any, plan: Plan, loss: str | TaskLoss = "nll") -> None:
 def _refuse_resized(model: Any) -> None:
     """Refuses an adapter whose base was resized in memory: it would not fit the one that is saved."""
     base = model.get_base_model() if isinstance(model, PeftModel) else None
-    if base is not None and Path(base.name_or_path).is_dir():
+    if base is not None and base.name_or_path and Path(base.name_or_path).is_dir():
         now, saved = (one.get_text_config().vocab_size for one in (base.config, load_config(base.name_or_path)))
         if now != saved:
             raise TrainError(
