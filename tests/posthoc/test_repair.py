@@ -332,7 +332,7 @@ def test_started_again_it_takes_its_statistics_from_the_store(
     repaired: Repairing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def killed(*_: Any, **__: Any) -> None:
-        (tmp_path / ".repaired.left").mkdir()
+        (tmp_path / ".repaired.0123abcd").mkdir()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -343,7 +343,7 @@ def test_started_again_it_takes_its_statistics_from_the_store(
         patch.setattr(repair_problem.Runner, "run", killed)
         repaired(mu=0.5)
     assert "taken from" in caplog.text
-    assert ".repaired.left" not in names_in(tmp_path)
+    assert ".repaired.0123abcd" not in names_in(tmp_path)
     assert (tmp_path / "repaired" / "repair.json").is_file()
 
 
