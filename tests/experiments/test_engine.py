@@ -19,12 +19,13 @@ import pytest
 from tests.pipeline.support import keeptune
 
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import RecipeError
-from keeptune.core.locks import locked
+from keeptune.core.errors import ArtefactError, RecipeError
+from keeptune.core.locks import owned
 from keeptune.experiments import engine
 from keeptune.experiments.compare_section import Resources
 from keeptune.experiments.engine import run_all, tasks_of
 from keeptune.experiments.plan_runs import Comparison, list_runs
+from keeptune.experiments.run_comparison import run_comparison
 from keeptune.experiments.single_run import RunTask, attempt, finished
 from keeptune.pipeline.run import run
 
@@ -220,9 +221,11 @@ def test_what_no_node_has_is_refused_and_not_waited_for(load: Load) -> None:
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(load: Load, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out/.lock"), pytest.raises(RecipeError, match="another command at work in this folder"):
-        run_every(load(SMALL))
+    with (
+        owned(tmp_path / "out"),
+        pytest.raises(ArtefactError, match=rf"another keeptune writes to .process {os.getpid()}"),
+    ):
+        run_comparison(load(SMALL), "keeptune compare")
 
 
 def test_a_run_is_finished_only_while_its_files_and_all_it_depends_on_are_the_same(
@@ -249,7 +252,7 @@ def test_a_run_is_finished_only_while_its_files_and_all_it_depends_on_are_the_sa
     said = keeptune("compare", tmp_path / "compare.yaml", "--dry-run", capsys=capsys)
     assert said.code == 0
     assert f"4 runs below {tmp_path / 'out/runs'}, 1 done" in said.out
-    assert not (tmp_path / "out/.lock").exists()
+    assert not (tmp_path / "out/.owner").exists()
 
     (task.recipe.output / "evaluation/sums.json").rename(tmp_path / "sums.json")
     assert not finished(task)

@@ -121,9 +121,10 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     except Exception as error:  # which is all that tokenizers raises
         named = _OS_ERROR.search(str(error))
         code = getattr(error, "errno", None) or (named and int(named[1]))
-        if code in _PLACE_CODES or (code == errno.ENOENT and path.is_symlink()):
+        where = str(getattr(error, "filename2", None) or getattr(error, "filename", None) or path)
+        if code in _PLACE_CODES or (code == errno.ENOENT and Path(where).is_symlink()):
             raise ArtefactError(
-                str(getattr(error, "filename2", None) or getattr(error, "filename", None) or path),
+                where,
                 got=os.strerror(code),
                 wanted="a place for a file or folder of keeptune's",
                 next_step="Remove or rename what stands there, or choose another output.",

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from keeptune.core.artefact import explain_full_disk
+from keeptune.core.artefact import explain_full_disk, remove_leftovers
 from keeptune.core.errors import ArtefactError
 
 _OWNER = ".owner"
@@ -42,14 +42,14 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process; the system releases it when the process ends, however it ends.
+def owned(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a folder for this process, without what killed writes left; it is free when the process ends, however.
 
     Raises:
-        ArtefactError: Another process holds it, or it cannot be made.
+        ArtefactError: Another process holds it and ``wait`` is not set, or it cannot be made.
     """
     path, now = folder / _OWNER, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with locked(path, wait=False) as ours:
+    with locked(path, wait=wait) as ours:
         if not ours:
             holder = "that is ending"
             with contextlib.suppress(FileNotFoundError):
@@ -63,6 +63,7 @@ def owned(folder: Path) -> Iterator[None]:
         with explain_full_disk(path):
             path.write_text(f"process {os.getpid()} on {platform.node()} since {now}", encoding="utf-8")
         try:
+            remove_leftovers(folder)
             yield
         finally:
             path.unlink(missing_ok=True)

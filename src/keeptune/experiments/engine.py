@@ -20,10 +20,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from keeptune.core.artefact import remove_leftovers, write_bytes
+from keeptune.core.artefact import write_bytes
 from keeptune.core.errors import RecipeError
-from keeptune.core.locks import locked
-from keeptune.core.processes import by_first, is_first, world
+from keeptune.core.processes import by_first, world
 from keeptune.experiments.cell import attempt_together
 from keeptune.experiments.compare_section import Resources
 from keeptune.experiments.plan_runs import Comparison, RunSpec, check_runs
@@ -97,7 +96,7 @@ def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outco
     waiting = [tasks[spec.name] for spec in ordered]
     if outcomes:
         _log.info("%s: %d of %d runs are done", comparison.kind, len(outcomes), len(tasks))
-    with only_one(comparison.output), logging_redirect_tqdm():
+    with logging_redirect_tqdm():
         resources = _resources(comparison)
         if resources is None:  # warnings are logged here as they come
             ended: Iterator[tuple[RunTask, Outcome]] = ((task, replace(attempt(task), warnings=())) for task in waiting)
@@ -113,24 +112,6 @@ def run_all(comparison: Comparison, specs: Sequence[RunSpec]) -> dict[str, Outco
             else:
                 _log.info("%s done in %.0f s (%d of %d)", task.name, outcome.seconds, number, len(waiting))
     return {spec.name: outcomes[spec.name] for spec in specs}
-
-
-@contextlib.contextmanager
-def only_one(output: Path) -> Iterator[None]:
-    """Holds the lock of a comparison's or sequence's folder; raises RecipeError where another command holds it."""
-    if not is_first():
-        yield
-        return
-    with locked(output / ".lock", wait=False) as ours:
-        if not ours:
-            raise RecipeError(
-                f"output {output}",
-                got="another command at work in this folder",
-                wanted="one at a time",
-                next_step="Wait for the other command, or choose another output.",
-            )
-        remove_leftovers(output)
-        yield
 
 
 def _on_ray(tasks: Sequence[RunTask], resources: Resources, output: Path) -> Iterator[tuple[RunTask, Outcome]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.core.artefact import write_json
-from keeptune.core.processes import by_first
+from keeptune.core.locks import owned
+from keeptune.core.processes import by_first, held_by_first
 from keeptune.experiments.choice import choose_best, limits_of
 from keeptune.experiments.comparison_record import RUNS_FILE, row_of, write_records
 from keeptune.experiments.effects import benefits
@@ -46,6 +47,11 @@ def run_comparison(
     """
     if max_loss is not None:
         limits_of(max_loss, [], [b.name for b in comparison.base.evaluate if b.role == "knowledge"])
+    with held_by_first(owned(comparison.output)):
+        return _run(comparison, command, max_loss)
+
+
+def _run(comparison: Comparison, command: str, max_loss: float | Mapping[str, float] | None) -> Compared:
     specs = list_runs(comparison)
     outcomes = run_all(comparison, specs)
 

@@ -20,7 +20,7 @@ import torch
 
 from keeptune.core.artefact import as_written, content_key, file_fingerprint, read_json, write_json
 from keeptune.core.errors import KeeptuneError
-from keeptune.core.locks import locked
+from keeptune.core.locks import owned
 from keeptune.core.processes import by_first, held_by_first, met_by_all, world
 from keeptune.core.redaction import redacted
 from keeptune.evaluation.model_pairs import KeptAnswers
@@ -157,7 +157,7 @@ class _Redacted(logging.Formatter):
 def _held(folder: Path, warned: list[str]) -> Iterator[None]:
     """Locks a run's folder and writes its log there, warnings of libraries included; the warnings go to a list too."""
     logger = logging.getLogger("keeptune")
-    with locked(folder / ".lock"), warnings.catch_warnings():
+    with owned(folder, wait=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         file.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))

@@ -52,7 +52,8 @@ def entries(folder: Path) -> list[Entry]:
     found = []
     for entry in folder.glob(f"{_DIGIT * 2}/{_DIGIT * 64}"):
         try:
-            files = {file.name: file.stat() for file in os.scandir(entry)}
+            with os.scandir(entry) as inside:
+                files = {file.name: file.stat(follow_symlinks=False) for file in inside}
         except OSError:
             continue  # removed meanwhile
         used = files["recipe.json"].st_mtime if "recipe.json" in files else 0.0

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from keeptune import measure
 from keeptune.core.artefact import read_json
-from keeptune.core.errors import ExportError, KeeptuneError, RecipeError
-from keeptune.core.locks import locked
+from keeptune.core.errors import ArtefactError, ExportError, KeeptuneError
+from keeptune.core.locks import owned
 from keeptune.core.plan import Plan
 from keeptune.evaluation.model_pairs import AdapterPair
 from keeptune.experiments.sequence import run_stages
@@ -207,7 +207,7 @@ def test_after_full_fine_tuning_the_product_is_a_whole_model(make: Make, recipe_
 
 def test_a_second_command_in_the_same_folder_is_refused(two: Make) -> None:
     sequence = two()
-    with locked(sequence.output / ".lock"), pytest.raises(RecipeError, match="another command at work"):
+    with owned(sequence.output), pytest.raises(ArtefactError, match="another keeptune writes to"):
         run_sequence(sequence)
 
 

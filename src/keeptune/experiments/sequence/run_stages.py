@@ -26,10 +26,10 @@ from keeptune.adapter.load import load_adapter
 from keeptune.adapter.probe import gap_to, logits_of
 from keeptune.core.artefact import content_key, file_fingerprint, read_json, write_json
 from keeptune.core.errors import ExportError, ModelError, placed
-from keeptune.core.processes import by_first
+from keeptune.core.locks import owned
+from keeptune.core.processes import by_first, held_by_first
 from keeptune.core.weights import is_quantised
 from keeptune.evaluation.model_pairs import KeptAnswers
-from keeptune.experiments.engine import only_one
 from keeptune.experiments.sequence.joined_changes import add_changes, joined, read_changes, write_adapter, write_whole
 from keeptune.experiments.sequence.sequence_record import write_record
 from keeptune.experiments.sequence.stages_section import Stage, StageSequence
@@ -85,7 +85,7 @@ def run_sequence(sequence: StageSequence) -> dict[str, Any]:
     _check(sequence, model)
     course = _Course(sequence, base, model.dtype, sequence.output, sequence.whole.export)
     del model
-    with only_one(sequence.output):
+    with held_by_first(owned(sequence.output)):
         done: list[_Done] = []
         scores: list[list[dict[str, Any]]] = []
         for stage in sequence.stages:
