@@ -145,6 +145,8 @@ def test_the_advice_of_a_damaged_run_mends_it(
     assert "or `keeptune run`: what is missing or damaged is done again" in said.err
     assert keeptune("run", recipe, capsys=capsys).code == 0
     assert keeptune("report", run, capsys=capsys).code == 0
+    for name in ("report.json", "report.html", "adapter/README.md"):  # a copy prints its own place
+        assert f"tuned={run / 'adapter'}" in (run / name).read_text("utf-8")
 
 
 def test_a_damaged_file_of_a_store_is_no_entry(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Adapters on disk: loaded on a base, checked against it; and folders that keeptune may write to."""
 
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,14 +82,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-    """Returns keeptune's own record beside an export; empty where there is none."""
+    """Returns keeptune's own record beside an export, for where that is now; empty where there is none."""
     path = folder / SIDECAR
     record: dict[str, Any] = read_json(path, _AGAIN) if path.is_file() else {}
     with as_written(path, again=_AGAIN):
         for key, kind in {"provenance": dict, "export": dict, "gguf": dict, "labels": list | None}.items():
             if not isinstance(record.get(key, None if key == "labels" else {}), kind):
                 raise ValueError(f"{key}: {record[key]!r}")
+        if "folder" in (export := record.get("export", {})):
+            was, now = str(export["folder"]), str(folder)
+            export |= {"folder": now, "serve": _at(str(export["serve"]), was, now)}
     return record
+
+
+def _at(line: str, was: str, now: str) -> str:
+    """Returns the line that serves an export, or loads a classifier, for another place of it."""
+    if not line.startswith(("vllm ", "keeptune ")):
+        return line.replace(f'"{was}"', f'"{now}"')
+    places = {was: now, f"tuned={was}": f"tuned={now}"}
+    return " && ".join(shlex.join(places.get(word, word) for word in shlex.split(one)) for one in line.split(" && "))
 
 
 def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | None = None) -> None:

@@ -57,7 +57,12 @@ def find_targets(
     role_of = roles_of(modules)
     wanted = None if roles is None else list(roles)
     known = sorted({*role_of.values(), *(target.role for target in fused)})
+    output = model.get_output_embeddings()
+    heads = {name.rpartition(".")[2] for name, module in model.named_modules() if module is output}
     for role in wanted or ():
+        if role in heads - set(known):
+            got, step = "the head over the vocabulary", f"Train it whole: `modules_to_save: [{role}]`, or leave it out."
+            raise PlanError(f"targets: {role}", got=got, wanted="a linear map of the blocks", next_step=step)
         need_known(role, known, f"targets: {role}", f"a role of {type(model).__name__}", PlanError)
     kept = None if layers is None else _known_layers(layers, [*modules, *(target.name for target in fused)])
     groups = _input_groups(model, modules)

@@ -264,6 +264,9 @@ def refuse_not_finite(model: PreTrainedModel) -> None:
         need_finite(stored_value(model, name, parameter).isfinite(), place, "weights")
 
 
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model")
+
+
 def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTokenizerBase:
     """Loads the tokenizer; one without a padding token pads with its end of text.
 
@@ -276,6 +279,10 @@ def load_tokenizer(name: str, options: LoadOptions = _DEFAULTS) -> PreTrainedTok
     if is_gguf(name):
         check_gguf(name)
     place, file = place_of(name)
+    if Path(place).is_dir() and not file and not any(any(Path(place).glob(one)) for one in _TOKENIZER_FILES):
+        got, wanted = "a folder without a tokenizer", "tokenizer.json or another tokenizer's files beside the weights"
+        step = "Copy the files of the tokenizer that the model was trained with into it."
+        raise ModelError(f"model {name}", got=got, wanted=wanted, next_step=step)
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(place, **file, **options.source, use_fast=True)
     refuse_endless(tokenizer, f"model {name}")

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 
-from keeptune.adapter.load import SIDECAR
-from keeptune.core.artefact import as_written, read_json, write_text
+from keeptune.adapter.load import SIDECAR, read_sidecar
+from keeptune.core.artefact import as_written, write_text
 from keeptune.core.errors import ExportError, RecipeError
 from keeptune.core.redaction import redacted
 from keeptune.evaluation.results import trade_off
@@ -56,11 +56,13 @@ def push(
             if path.is_file() and path.name != "export.json":
                 (staged / path.name).symlink_to(path.resolve())
         texts = {one: (staged / one).read_text(encoding="utf-8") for one in _OWN_TEXTS if (staged / one).is_file()}
+        if SIDECAR in texts:
+            texts[SIDECAR] = json.dumps(read_sidecar(trained.folder), indent=2, ensure_ascii=False) + "\n"
         if (Path(source) / "plan").is_dir():
             run = FinishedRun(Path(source))
             with as_written(source, again=again("run")):
                 scores = run.entry | trade_off(run.results)
-                texts["README.md"] = model_card(scores, read_json(run.result / SIDECAR), run.recipe)
+                texts["README.md"] = model_card(scores, read_sidecar(run.result), run.recipe)
         for one, text in texts.items():
             for here, there in ((str(trained.folder), repo), (trained.base, name)):
                 text = text.replace(here, there) if "/" in here else text

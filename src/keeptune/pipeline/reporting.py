@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keeptune.adapter.load import SIDECAR
+from keeptune.adapter.load import read_sidecar
 from keeptune.core.artefact import as_written, canonical_json, read_json, write_json, write_text
 from keeptune.core.errors import ArtefactError
 from keeptune.core.plan import Plan
@@ -106,7 +106,7 @@ class FinishedRun:
             "adapter": str(self.result),
             "export_gap": exported["gap"],
             "export_relative_gap": exported["relative_gap"],
-            "serve": exported["serve"],
+            "serve": read_sidecar(self.result).get("export", exported)["serve"],
             "vllm": exported.get("vllm", ""),
             "options": dict(plan.options) | {f"train.{k}": v for k, v in trained["arguments"].items()},
             "trained_parameters": trained["trained_parameters"],
@@ -190,7 +190,7 @@ def write_report(
             if run.folder != output:
                 continue
             # What was kept and lost; the card of the export knew no scores.
-            text, card = model_card(entry, read_json(run.result / SIDECAR), run.recipe), run.result / "README.md"
+            text, card = model_card(entry, read_sidecar(run.result), run.recipe), run.result / "README.md"
             there = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
             if not same_but_versions(there, text):
                 write_text(card, text)

@@ -85,7 +85,7 @@ def _vllm_words(run: Path | str) -> list[str]:
     if not line.startswith("vllm serve "):
         step = "Merge it (`keeptune merge`) and serve the folder, or take --using llama.cpp."
         raise ExportError(f"serve {run}", got=line or "no export of ours", wanted="one for vLLM", next_step=step)
-    words = [word.replace(record["folder"], str(folder)) for word in shlex.split(line)[1:]]
+    words = shlex.split(line)[1:]
     return words if "--enable-lora" in words else [*words, "--served-model-name", "tuned"]
 
 
