@@ -175,7 +175,7 @@ def _split(prompt: Text | None, answers: Sequence[Text], where: str) -> tuple[Te
             prompt = None
             if len(answers) == 1:
                 prompt, answers = answers[0][:-1], [answers[0][-1:]]
-    if prompt is None and len(answers) == 2:
+    if prompt is None and len(answers) == 2 and all(answers):
         found = extract_prompt({"chosen": answers[0], "rejected": answers[1]})
         prompt, answers = found["prompt"], [found["chosen"], found["rejected"]]
     for role in {answer[0]["role"] for answer in answers if answer and not isinstance(answer, str)} - {"assistant"}:
