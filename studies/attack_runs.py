@@ -26,10 +26,10 @@ from keeptune.cli.main import main as keeptune
 ASSETS = Path(__file__).parents[1] / "assets"
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"}
 _LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}")
-# What says when a run was, how long it took, and who used a store.
+# What says when a run was and how long it took, and checksums of records that do.
 _TIMES = re.compile(
     r'"(?:\w*seconds|plan|train|evaluate|num_tokens)": [\d.e+-]+|"created": "[^"]*"|training time: [\d.]+ \w+'
-    r"|Versions when this card was written: .*"
+    r'|Versions when this card was written: .*|"checksum": "[0-9a-f]{64}"'
 )
 # Of these only that they are there: times, pickled paths, sets of PEFT's as they come, who used the store when.
 _UNLIKE = re.compile(
