@@ -49,7 +49,10 @@ class Attack:
     law: str
 
 
-SAME = "The same command ends; adapter, scores and records have the bytes of a run never attacked, and nothing is left"
+SAME = (
+    "The same command ends; adapter, scores and records have the bytes of a run never attacked, statistics its numbers to "
+    "rounding, and nothing is left"
+)
 TOLD = "One message, exit code 2, no traceback"
 ATTACKS: dict[str, Attack] = {
     "kill run": Attack(attack_kills.kill_run, 100, f"{SAME}."),
@@ -95,12 +98,14 @@ def attempt(name: str, number: int, seed: int, folder: Path, attacks: Mapping[st
 
 
 def commit() -> str:
-    """Return the commit that is attacked, with a plus sign where files differ from it."""
+    """Return the last commit that changed what is attacked, with a plus sign where files differ from it."""
 
     def said(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    return said("rev-parse", "--short=10", "HEAD") + "+" * bool(said("status", "--porcelain", "--", "src"))
+    return said("log", "-1", "--format=%h", "--abbrev=10", "--", "src") + "+" * bool(
+        said("status", "--porcelain", "--", "src")
+    )
 
 
 def properties(folder: Path, examples: int) -> dict[str, Any]:
