@@ -50,8 +50,8 @@ class Attack:
 
 
 SAME = (
-    "The same command ends; adapter, scores and records have the bytes of a run never attacked, statistics its numbers to "
-    "rounding, and nothing is left"
+    "The same command ends; adapter, scores and records have the bytes of a run never attacked, statistics its numbers "
+    "to rounding, and nothing is left"
 )
 TOLD = "One message, exit code 2, no traceback"
 ATTACKS: dict[str, Attack] = {
