@@ -36,7 +36,7 @@ _TIMES = re.compile(
 )
 # Of these only that they are there: times, pickled paths, sets of PEFT's; statistics have a law of their own.
 _UNLIKE = re.compile(
-    r"(log\.txt|report\.html|runs\.parquet|training_args\.bin)$|^store/"
+    r"(log\.txt|seconds\.json|report\.html|runs\.parquet|training_args\.bin)$|^store/"
     r"|/checkpoints/.*(README\.md|checksums\.json|adapter_config\.json)$"
 )
 OTHERS = r"store/|.*/checkpoints/"  # what another recipe leaves in a folder
