@@ -89,7 +89,7 @@ def test_tries_are_recorded_at_once_and_made_once(tmp_path: Path) -> None:
     assert [(found["tries"], found["held"]) for found in record["attacks"].values()] == [(1, 1), (1, 0)]
     assert "--numbers 1" in record["attacks"]["broken"]["failures"][0]["reproduce"]
     page = attack.page(record)
-    assert "| broken | 1 | 0 |" in page and "- broken, 1: `the attack itself: OSError: gone`" in page
+    assert "| broken | 1 of 2 | 0 |" in page and "- broken, 1: `the attack itself: OSError: gone`" in page
 
 
 def test_moments_are_drawn_over_the_whole_course() -> None:
