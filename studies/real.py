@@ -82,7 +82,7 @@ def entries() -> dict[str, Entry]:
         "lora rank 2": Entry(lora(2)),
         "lora half the steps": Entry(steps=0.5),
         **{f"repair, {mu:g}": Entry(parent=base, repair={"mu": mu}) for mu in (0.3, 1.0)},
-        **{f"full, {rate:g}": Entry({"name": "full"}, rate=rate) for rate in (1e-5, 5e-5)},
+        **{f"full, {rate:g}": Entry({"name": "full"}, {"anchor": "twin"}, rate) for rate in (1e-5, 5e-5)},
         **{f"loss {loss}": Entry(changes={"task": {"loss": loss}}) for loss in ("dft", "eaft", "asft")},
         "loss sdft": Entry(
             changes={"task": {"loss": {"name": "sdft", "temperature": 0.0, "max_completion_length": 32}}}
