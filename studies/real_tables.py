@@ -213,5 +213,5 @@ def picture(rows: Sequence[Row]) -> Figure:
             frame(axes, "forgotten on average, %" if axes is plots[-1] else "")
             axes.set_yticks(range(len(some)), names)
             axes.set_ylim(len(some) - 0.4, -0.6)
-            axes.set_title(f"{NAMES.get(model, model)}: {TASKS[task]}")
+            axes.set_title(f"{NAMES.get(model, model)}: {TASKS[task].partition(',')[0]}")
         return finish(made)
