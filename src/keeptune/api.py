@@ -26,6 +26,7 @@ from keeptune.core.errors import ModelError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.data.calibration import Calibration
+from keeptune.data.chat_template import turn_ends
 from keeptune.data.completions import TaskExamples, knowledge_of
 from keeptune.data.examples import Examples
 from keeptune.data.labelled import LabelledExamples, Texts, label_indices
@@ -251,7 +252,7 @@ def export(
     Raises:
         ExportError: The gap is above the bound, or the format does not fit the plan.
     """
-    source = base_of(model, base, options.original)
+    source = replace(base_of(model, base, options.original), ends=turn_ends(tokenizer))
     return exporting.export(model, plan, folder, options, base=source, tokenizer=tokenizer)
 
 

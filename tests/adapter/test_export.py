@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.models import (
@@ -34,10 +35,10 @@ from keeptune.adapter.export import Base, ExportOptions, export
 from keeptune.adapter.install import install
 from keeptune.adapter.load import SIDECAR, check_base
 from keeptune.adapter.merging import merge
-from keeptune.adapter.probe import random_probe
+from keeptune.adapter.probe import logits_of, random_probe
 from keeptune.adapter.trained_change import change_of
 from keeptune.adapter.trained_head import trained_head
-from keeptune.core.artefact import model_fingerprint, read_json
+from keeptune.core.artefact import EXPORT, model_fingerprint, read_json
 from keeptune.core.errors import ArtefactError, ExportError, ModelError
 from keeptune.core.plan import Plan
 from keeptune.model.pretrained import LoadOptions, load_model
@@ -98,6 +99,15 @@ def trained(bases: Callable[[str, torch.dtype], Saved]) -> TrainedFactory:
 
 def on_fresh_base(made: Trained, folder: Path) -> Any:
     return PeftModel.from_pretrained(made.saved.load(), str(folder)).eval()
+
+
+def test_logits_are_compared_without_a_trainers_mixed_precision(trained: TrainedFactory) -> None:
+    model = trained().model
+    wanted = logits_of(model, probe := random_probe(model))
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert not torch.equal(logits(prepared, probe), wanted)
+    assert torch.equal(logits_of(prepared, probe), wanted)
+    assert not torch.equal(logits(prepared, probe), wanted), "the trainer goes on as it was"
 
 
 # What is exported
@@ -214,12 +224,12 @@ def test_a_portable_adapter_is_plain_lora_with_the_scale_folded_in(trained: Trai
 @pytest.mark.parametrize(
     ("format", "files"),
     [
-        ("portable", ["README.md", "adapter_config.json", "adapter_model.safetensors", SIDECAR]),
-        ("peft", ["README.md", "adapter_config.json", "adapter_model.safetensors", SIDECAR]),
-        ("merged", ["README.md", "config.json", "generation_config.json", SIDECAR, "model.safetensors"]),
+        ("portable", ["README.md", "adapter_config.json", "adapter_model.safetensors", EXPORT, SIDECAR]),
+        ("peft", ["README.md", "adapter_config.json", "adapter_model.safetensors", EXPORT, SIDECAR]),
+        ("merged", ["README.md", "config.json", EXPORT, "generation_config.json", SIDECAR, "model.safetensors"]),
     ],
 )
-def test_a_folder_holds_the_files_that_others_read_and_one_of_ours(
+def test_a_folder_holds_the_files_that_others_read_and_two_of_ours(
     format: Any, files: list[str], trained: TrainedFactory, tmp_path: Path
 ) -> None:
     trained().export(tmp_path / "out", format=format)

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.test_calibration import words
+from tokenizers import processors
 
 from keeptune.core.errors import DataError
 from keeptune.data.calibration import Calibration, after
 from keeptune.data.completions import TaskExamples
 from keeptune.data.examples import Mixed, TokenRow, fit, labels_of
+from keeptune.evaluation.scored_tokens import Encoder
 
 TURNS = TokenRow((1, 2, 3, 4, 5, 6), (False, True, False, False, True, True))
 READ = TokenRow((1, 2, 3, 4), (False,) * 4)
@@ -50,6 +52,21 @@ def test_what_teaches_nothing_is_left_out_and_nothing_at_all_is_refused() -> Non
     assert fit([late, TURNS], 4, "right", where="x")[1]["left out: nothing to learn within 4 tokens"] == [1]
     with pytest.raises(DataError, match=r"task\.train: got 2 examples, all left out: nothing .* \(1\); "):
         fit([READ, late], 4, "right", where="task.train")
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_text_begins_and_ends_once(ends: bool) -> None:
+    read = words()
+    read.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    start, end = read.convert_tokens_to_ids(["<s>", "</s>"])
+    single = "<s> $A </s>" if ends else "<s> $A"
+    known = [("<s>", start), ("</s>", end)]
+    read.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+    (plain,) = TaskExamples(("a",), (" b",)).token_rows(read)
+    assert plain.ids == (start, *read("a b", add_special_tokens=False)["input_ids"], end)
+    assert TaskExamples(("<s>a",), (" b</s>",)).token_rows(read) == [plain]
+    assert TaskExamples(None, ("<s>a b</s>",), end=False).calibration(read, max_length=9).sequences == (plain.ids,)
+    assert Encoder(read, 9).prompt("<s>a", "x").ids == Encoder(read, 9).prompt("a", "x").ids == plain.ids[:2]
 
 
 def test_statistics_see_what_is_trained() -> None:

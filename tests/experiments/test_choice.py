@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests.experiments.support import benchmark, row, spec
 
-from keeptune.core.artefact import read_json
+from keeptune.core.artefact import EXPORT, read_json, seal
 from keeptune.core.errors import ArtefactError, RecipeError
 from keeptune.experiments.axes import axes_of
 from keeptune.experiments.choice import choose, choose_best, limits_of, parse_max_loss
@@ -166,7 +166,7 @@ def test_the_chosen_result_is_copied_whole(job: Callable[[str], Job], tmp_path: 
     best, source = tmp_path / "best", find_result(run.output)
     assert choice["adapter"] == str(best)
     assert choice["weights"] == result_fingerprint(best) == result_fingerprint(source)
-    assert {path.name for path in best.iterdir()} == {path.name for path in source.iterdir()} - {"export.json"}
+    assert {path.name for path in best.iterdir()} == {path.name for path in source.iterdir()}
     assert read_json(best / "keeptune.json")["export"]["folder"] == str(best)
     assert read_json(tmp_path / FRONT)["choice"] == choice
     card = (best / "README.md").read_text()
@@ -199,6 +199,7 @@ def test_a_result_that_changed_since_is_not_exported(
     written(run, tmp_path, scale)
     weights = find_result(run.output) / "adapter_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    seal(weights.parent, read_json(weights.with_name(EXPORT)))
     with pytest.raises(ArtefactError, match="not the one that was scored"):
         choose_best(tmp_path, 10)
     assert not (tmp_path / "best").exists()

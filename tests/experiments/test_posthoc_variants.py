@@ -14,7 +14,7 @@ from tests.experiments.support import spec
 from tests.pipeline.support import recipe_of
 
 from keeptune.adapter.probe import logits_of, random_probe
-from keeptune.core.artefact import read_json
+from keeptune.core.artefact import EXPORT, read_json, seal
 from keeptune.core.errors import ExportError, ModelError
 from keeptune.evaluation.model_pairs import AdapterPair
 from keeptune.experiments import posthoc_variants
@@ -89,6 +89,7 @@ def test_scores_of_weights_that_were_trained_anew_are_missing(job: Jobs) -> None
     score_variants(run, [Variant("scale", 0.5)])
     weights = find_result(run.output) / "adapter_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    seal(weights.parent, read_json(weights.with_name(EXPORT)))
     row = row_for(run, Variant("scale", 0.5))
     assert row["status"] == "missing"
     assert "other weights" in row["message"]

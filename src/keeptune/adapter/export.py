@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,11 +25,18 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.adapter.load import SIDECAR, load_adapter, read_config, refuse_foreign
+from keeptune.adapter.load import (
+    GENERATION,
+    SIDECAR,
+    load_adapter,
+    read_config,
+    refuse_foreign,
+    tensor_names,
+    write_tokenizer,
+)
 from keeptune.adapter.probe import BOUNDS, Gap, logits_of, random_probe
 from keeptune.adapter.sidecar import About
 from keeptune.adapter.trained_change import (
@@ -42,7 +49,7 @@ from keeptune.adapter.trained_change import (
 )
 from keeptune.adapter.trained_head import head_names, labels_of, task_type, token_rows
 from keeptune.adapter.vllm_rules import SERVED_RANKS, VllmVerdict, vllm_verdict
-from keeptune.core.artefact import atomic_directory, write_json, write_text
+from keeptune.core.artefact import atomic_directory, seal, write_json, write_text
 from keeptune.core.errors import ExportError
 from keeptune.core.offload import aligned, device_of, save_model
 from keeptune.core.plan import Plan
@@ -90,6 +97,7 @@ class Base:
         original: Path or hub id of what the base was before it was quantised; None where it is not quantised, or the
             original is not at hand.
         quantization: Fields of the quantisation that the base is loaded with; None loads it as it is stored.
+        ends: Tokens that end the turns of the tokenizer's chat template.
     """
 
     name: str
@@ -97,6 +105,7 @@ class Base:
     floats: Callable[[str], PreTrainedModel] | None = None
     original: str | None = None
     quantization: Mapping[str, Any] | None = None
+    ends: Collection[int | None] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +225,14 @@ def export(
     trained, labels = logits_of(model, probe), labels_of(model)
     with atomic_directory(Path(folder)) as fresh:
         written = _write(model, plan, fresh, options, format, base)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
         on_original = None if base.original is None else _on_original(model, plan, fresh, base, probe)
         wanted = trained if format != "merged" or on_original is None else on_original
         del model  # where the caller does not hold it, there is one base at a time
-        logits = written.logits(probe)
+        product = written.load()
+        logits = logits_of(product, probe)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, product, fresh, base.ends)
+        del product
         gap = Gap.between(logits, wanted)
         bound = BOUNDS[written.dtype] if options.max_gap is None else options.max_gap
         if written.cut is not None:
@@ -244,18 +255,20 @@ def _describe(fresh: Path, plan: Plan, base: Base, done: Exported, labels: Seque
         about = replace(about, base=base.original, trained_on=base.name)
     verdict = None if merged else about.judged(verdict_on(fresh))
     done = replace(done, serve=about.serve_line(done.folder, verdict))
+    if " --lora-modules " in done.serve and (fresh / GENERATION).is_file():  # vLLM would take the base's own
+        done = replace(done, serve=f"{done.serve} {shlex.join(['--generation-config', done.folder])}")
     if verdict is not None:
         done = replace(done, vllm=verdict.line(shlex.join(["keeptune", "merge", done.folder, "merged"])))
         _log.info("export: %s", done.vllm)
     write_json(fresh / SIDECAR, about.record(asdict(done)))
     write_text(fresh / "README.md", about.readme(asdict(done)))
+    seal(fresh, asdict(done))
     return done
 
 
 def verdict_on(adapter: Path) -> VllmVerdict:
     """Returns what vLLM's loader makes of an adapter's files."""
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        return vllm_verdict(read_config(adapter), list(tensors.keys()))
+    return vllm_verdict(read_config(adapter), tensor_names(adapter))
 
 
 def _no_original(folder: Path | str, name: str, note: str) -> ExportError:
@@ -269,11 +282,11 @@ def _no_original(folder: Path | str, name: str, note: str) -> ExportError:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Written:
-    """The adapter's rank, the dtype that the bound is for, how its logits are computed, and what it was cut to."""
+    """The adapter's rank, the dtype that the bound is for, what loads it, and what it was cut to."""
 
     rank: int
     dtype: torch.dtype
-    logits: Callable[[Tensor], Tensor]
+    load: Callable[[], Any]
     cut: PreTrainedModel | None = None
     error: float = 0.0
 
@@ -288,8 +301,7 @@ def _write(
         write_merged(model, plan, folder, whole)
         kind: Any = type(whole)
         saved = partial(kind.from_pretrained, folder, dtype=whole.dtype, use_safetensors=True)
-        load = saved if floats is None else partial(floats, str(folder))
-        return _Written(0, whole.dtype, lambda probe: logits_of(load(), probe))
+        return _Written(0, whole.dtype, saved if floats is None else partial(floats, str(folder)))
     assert isinstance(model, PeftModel)
     change, cut, error = change_of(model, plan), None, 0.0
     if options.rank is not None and options.rank < written_rank(plan):
@@ -300,7 +312,7 @@ def _write(
         else:
             put_change(cut, change, plan)
     rank = write_lora(change, plan, folder, base.name, portable=format == "portable")
-    return _Written(rank, model.dtype, lambda probe: logits_of(load_adapter(base.load(), folder), probe), cut, error)
+    return _Written(rank, model.dtype, lambda: load_adapter(base.load(), folder), cut, error)
 
 
 def _on_original(model: Any, plan: Plan, folder: Path, base: Base, probe: Tensor) -> Tensor:

@@ -1,23 +1,25 @@
 """Adapters on disk: loaded on a base, checked against it; and folders that keeptune may write to."""
 
+import copy
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.expert_layers import patterns_of_parameters
-from keeptune.core.artefact import as_written, read_json
+from keeptune.core.artefact import as_written, read_json, write_text
 from keeptune.core.errors import ExportError, ModelError
 from keeptune.core.offload import device_of, is_offloaded
 
 SIDECAR = "keeptune.json"
 _AGAIN = "Export it again, or fetch it again."
+GENERATION = "generation_config.json"
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -25,7 +27,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     The base's weights may be on disk, and stay there, where the adapter only adds to what is computed.
     """
-    _need_safetensors(folder)
+    tensor_names(folder)
     on_disk = is_offloaded(model)
     places = model.__dict__.pop("hf_device_map", None)  # PEFT would place the modules anew
     try:
@@ -103,6 +105,22 @@ def _at(line: str, was: str, now: str) -> str:
     return " && ".join(shlex.join(places.get(word, word) for word in shlex.split(one)) for one in line.split(" && "))
 
 
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, folder: Path, ends: Collection[Any] = ()) -> None:
+    """Writes a tokenizer beside a model that was loaded afresh.
+
+    Law: what is generated from the folder ends at every token that ends a text in training: where the model's own
+    settings name fewer, they are written with the tokenizer's end and the further ``ends``.
+    """
+    tokenizer.save_pretrained(folder)
+    config = copy.deepcopy(getattr(model, "generation_config", None))
+    named = getattr(config, "eos_token_id", None)
+    known = named if isinstance(named, list) else [named]
+    new = sorted({tokenizer.eos_token_id, *ends} - {None, *known})
+    if config is not None and new:
+        config.eos_token_id, config._from_model_config = [token for token in known if token is not None] + new, False
+        write_text(folder / GENERATION, config.to_json_string())
+
+
 def check_base(adapter: Path | str, fingerprint: str, labels: Sequence[str] | None = None) -> None:
     """Raises ModelError for an adapter that was made for another base, or a classifier of other labels.
 
@@ -150,7 +168,8 @@ def refuse_foreign(folder: Path) -> None:
     )
 
 
-def _need_safetensors(folder: Path) -> None:
+def tensor_names(folder: Path) -> list[str]:
+    """Returns the names of what an adapter's file holds; ModelError where it is no whole adapter of safetensors."""
     wanted = ("adapter_config.json", "adapter_model.safetensors")
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
@@ -160,3 +179,9 @@ def _need_safetensors(folder: Path) -> None:
             wanted="a PEFT adapter with safetensors weights; pickled ones are not loaded",
             next_step="Give the `adapter` folder of a run.",
         )
+    try:
+        with safe_open(folder / wanted[1], "pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        got, step = f"{wanted[1]}: {error}", "Export it again, or copy it again from where it was made."
+        raise ModelError(f"adapter {folder}", got=got, wanted="a whole file", next_step=step) from error

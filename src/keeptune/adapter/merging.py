@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keeptune.adapter.load import SIDECAR, load_adapter, read_config, refuse_foreign
-from keeptune.adapter.probe import Gap, logits_of, random_probe
+from keeptune.adapter.load import SIDECAR, load_adapter, read_config, refuse_foreign, tensor_names, write_tokenizer
+from keeptune.adapter.probe import BOUNDS, Gap, logits_of, random_probe
 from keeptune.adapter.trained_head import is_tied
-from keeptune.core.artefact import atomic_directory, write_json
-from keeptune.core.errors import ExportError
+from keeptune.core.artefact import atomic_directory, seal, write_json
+from keeptune.core.errors import ExportError, ModelError
 from keeptune.core.offload import edit_values, is_offloaded, save_model
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others take a part out of the base when loaded
@@ -35,10 +34,11 @@ _MORE = (
 
 
 def is_streamed(adapter: Path) -> bool:
-    """Returns whether an adapter can be merged weight by weight: it only adds to linear maps."""
+    """Returns whether an adapter can be merged weight by weight: it only adds to linear maps, and brings none along."""
     config = read_config(adapter)
     plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights") in PLAIN_STARTS
-    return plain and not any(config.get(key) for key in _MORE)
+    plain = plain and not any(config.get(key) for key in _MORE)
+    return plain and all(".lora_" in name for name in tensor_names(adapter))
 
 
 def merge(
@@ -48,8 +48,11 @@ def merge(
     base: str,
     load: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    ends: Collection[int | None] = (),
 ) -> float:
     """Merges any LoRA adapter that PEFT loads into a fresh base, writes the whole model, and returns the gap in logits.
+
+    The model is loaded again and checked against the adapter on its base, as an export is.
 
     Args:
         adapter: The adapter's folder.
@@ -57,10 +60,11 @@ def merge(
         base: Path or hub id of the base, in floats.
         load: Loads a model, with its weights on disk where the merge is to be streamed (:func:`is_streamed`).
         tokenizer: Saved along when given.
+        ends: As of :func:`keeptune.adapter.load.write_tokenizer`.
 
     Raises:
         ModelError: The adapter does not fit the base.
-        ExportError: The folder holds something else, or the merged model's logits are not finite.
+        ExportError: The folder holds something else, or the merged model does not compute what the adapter does.
     """
     folder = Path(folder)
     refuse_foreign(folder)
@@ -74,24 +78,37 @@ def merge(
     wrapped = load_adapter(load(base), Path(adapter))
     probe = random_probe(wrapped)
     wanted = logits_of(wrapped, probe)
-    merged = _merged(wrapped)
+    merged = _merged(wrapped, Path(adapter))
     with atomic_directory(folder) as fresh:
         save_model(merged, fresh)
+        product = load(str(fresh))
+        gap, bound = Gap.between(logits_of(product, probe), wanted), BOUNDS[product.dtype]
+        advice = "Check the adapter's weights, or merge with --dtype float32. Nothing was written."
+        gap.refuse_above(bound, f"merge to {folder}", "the adapter on its base", advice)
         if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        gap = Gap.between(logits_of(load(str(fresh)), probe), wanted).gap
-        if not math.isfinite(gap):
-            raise ExportError(
-                f"merge to {folder}",
-                got="logits that are NaN or infinite",
-                wanted="a finite difference to the adapter on its base",
-                next_step="Check the adapter's weights, or merge with --dtype float32. Nothing was written.",
-            )
-        write_json(fresh / SIDECAR, {"base": base, "gap": gap})
-    return gap
+            write_tokenizer(tokenizer, product, fresh, ends)
+        write_json(fresh / SIDECAR, {"base": base, "gap": gap.gap})
+        seal(fresh, {"format": "merged"})
+    return gap.gap
 
 
-def _merged(wrapped: PeftModel) -> PreTrainedModel:
+def merged_by_peft(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
+    """Merges an adapter that PEFT merges, of any kind; ModelError for others."""
+    try:
+        return wrapped.merge_and_unload()
+    # AttributeError: prompt tuning and its like have nothing to merge; the others: a kind, a base or a setting (a bias
+    # where the base has none) that PEFT does not merge.
+    except (AttributeError, ValueError, NotImplementedError, RuntimeError) as error:
+        kind = wrapped.peft_config["default"].peft_type
+        raise ModelError(
+            f"adapter {folder}",
+            got=f"an adapter of type {getattr(kind, 'value', kind)}, which PEFT does not merge into weights ({error})",
+            wanted="an adapter that changes weights: LoRA, DoRA or another that can be merged",
+            next_step="Serve it beside its base, or measure another one.",
+        ) from error
+
+
+def _merged(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
     """Returns the base with an adapter merged by PEFT; of a base on disk, each weight when it is read."""
     inner = wrapped.get_base_model()
     if _untie(inner):
@@ -100,7 +117,7 @@ def _merged(wrapped: PeftModel) -> PreTrainedModel:
     if not is_offloaded(wrapped):
         with warnings.catch_warnings():  # of what has just been untied on purpose
             warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied|Model with `tie_word_emb")
-            return wrapped.merge_and_unload()
+            return merged_by_peft(wrapped, folder)
     layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, layer in layers.items():  # PEFT's unload() would hold all weights in memory
         inner.set_submodule(name, layer.get_base_layer())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,9 +24,14 @@ def random_probe(model: PreTrainedModel | PeftModel, seed: int = 0) -> Tensor:
 
 
 def logits_of(model: Any, probe: Tensor) -> Tensor:
-    """Returns the logits in evaluation mode, float32, on the CPU."""
-    with in_evaluation(model), torch.no_grad():
-        logits: Tensor = model(input_ids=probe.to(device_of(model))).logits.float().cpu()
+    """Returns the logits in evaluation mode, float32, on the CPU; without the mixed precision of a trainer."""
+    within = dict(vars(model))
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    try:
+        with in_evaluation(model), torch.no_grad():
+            logits: Tensor = model(input_ids=probe.to(device_of(model))).logits.float().cpu()
+    finally:
+        vars(model).update(within)
     return logits
 
 

@@ -38,6 +38,7 @@ _ILL_FORMED = (
     *(ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError),
     *(SafetensorError, UndefinedError),
 )
+EXPORT = "export.json"  # in the folder of an adapter or a model that keeptune wrote
 _DISK_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 _PLACE_CODES = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 # safetensors and tokenizers report the operating system's error only in their text, torch.save not even there.
@@ -183,6 +184,30 @@ def file_checksum(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes."""
     with as_written(path, "the file as it was written"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def need_files(folder: Path, sums: Mapping[str, str], next_step: str) -> None:
+    """Raises ArtefactError unless a folder's files, by their names, have the checksums that they were written with."""
+    for name, checksum in sums.items():
+        there = (folder / name).is_file()
+        if not there or file_checksum(folder / name) != checksum:
+            got = "bytes that do not match their checksum" if there else "no such file"
+            raise ArtefactError(str(folder / name), got=got, wanted="the file as it was written", next_step=next_step)
+
+
+def seal(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes the record of what a folder holds, with the checksums of its files; the README may change."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.name not in (EXPORT, "README.md")]
+    write_json(folder / EXPORT, {**record, "files": {path.name: file_checksum(path) for path in files}}, checked=True)
+
+
+def checked(folder: Path) -> Path:
+    """Returns a folder; ArtefactError where keeptune exported it and it is not as it was written."""
+    advice = f"Export it again (`keeptune export`, or what wrote it); without its {EXPORT} it is taken as it is."
+    record = read_json(folder / EXPORT, advice) if (folder / EXPORT).is_file() else {}
+    with as_written(folder / EXPORT, again=advice):
+        need_files(folder, record.get("files", {}), advice)
+    return folder
 
 
 def read_json(path: Path, again: str = _AGAIN) -> Any:

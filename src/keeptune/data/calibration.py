@@ -163,16 +163,27 @@ def _last_answer(mask: Learned) -> int:
     return next((place for place in range(end, 0, -1) if not mask[place - 1]), 0)
 
 
+def once(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[list[int]]:
+    """Returns texts as tokens, given these.
+
+    Law: a text that writes the token that the tokenizer begins, or ends, every text with has it once.
+    """
+    probe, start, end = tokenizer("a")["input_ids"], tokenizer.bos_token_id, tokenizer.eos_token_id
+    if probe[:1] == [start]:
+        rows = [ids[1:] if ids[:2] == [start, start] else ids for ids in rows]
+    return [ids[:-1] if ids[-2:] == [end, end] else ids for ids in rows] if probe[-1:] == [end] else rows
+
+
 def tokenize_calibration(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, where: str
 ) -> Calibration:
     """Tokenises whole texts, cut to ``max_length``; a DataError says that there is none, or one is empty."""
     if not texts:
         raise DataError(where, got="no texts", wanted="at least one", next_step="Fill the knowledge file.")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    rows = once(tokenizer, tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"])
     # Some tokenizers make a start token of nothing, and some no token of a text.
-    refuse_empty((text if ids else "" for text, ids in zip(texts, encoded, strict=True)), where, unit="example")
-    return Calibration(tuple(tuple(ids) for ids in encoded), pad_id_of(tokenizer))
+    refuse_empty((text if ids else "" for text, ids in zip(texts, rows, strict=True)), where, unit="example")
+    return Calibration(tuple(map(tuple, rows)), pad_id_of(tokenizer))
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -214,6 +214,13 @@ class ChatTemplate:
         return notes
 
 
+def turn_ends(tokenizer: PreTrainedTokenizerBase | None) -> set[int | None]:
+    """Returns the token that ends the turns of a tokenizer's chat template, if one does and there is a template."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return set()
+    return {ChatTemplate(tokenizer, ChatOptions(), where="chat template").end}
+
+
 @contextmanager
 def _explained(messages: Messages, where: str) -> Iterator[None]:
     try:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError, RecipeError, named
-from keeptune.data.calibration import Calibration, after, tokenize_calibration
+from keeptune.data.calibration import Calibration, after, once, tokenize_calibration
 from keeptune.data.chat_template import ChatOptions, ChatTemplate, template_text
 from keeptune.data.examples import Conversation, LanguageExamples, Mixed, TokenRow, Truncate, draw_rows
 from keeptune.data.sources import Row, refuse_empty, render_all
@@ -71,10 +71,10 @@ class TaskExamples(LanguageExamples):
         ended = (any(text.endswith(end) for text in (completion, completion.rstrip())) for _, completion in pairs)
         ends = (completion + ("" if has else end) for (_, completion), has in zip(pairs, ended, strict=True))
         texts = [prompt + text for prompt, text in zip(prompts, ends, strict=True)]
-        whole = tokenizer(texts, verbose=False)["input_ids"]
+        whole = once(tokenizer, tokenizer(texts, verbose=False)["input_ids"])
         if self.prompts is None:
             return [TokenRow(tuple(ids), after(0, len(ids))) for ids in whole]
-        read = tokenizer(prompts, verbose=False)["input_ids"]
+        read = once(tokenizer, tokenizer(prompts, verbose=False)["input_ids"])
         starts = [common_start(start, ids) for start, ids in zip(read, whole, strict=True)]
         return [TokenRow(tuple(ids), after(start, len(ids))) for ids, start in zip(whole, starts, strict=True)]
 
@@ -263,11 +263,8 @@ def _user_turns(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, wher
     if tokenizer.chat_template is None:
         _log.info("%s: the tokenizer has no chat template: prompts are read as they are", where)
         return list(prompts)
-    # Most templates begin with the token that the tokenizer puts before every text anyway.
-    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = (str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns)
-    return [text.removeprefix(tokenizer.bos_token) if begins else text for text in texts]
+    return [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
 
 
 def replayed(task: int, share: float) -> int:

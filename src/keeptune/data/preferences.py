@@ -16,7 +16,7 @@ from trl import extract_prompt
 
 from keeptune.core.artefact import content_key
 from keeptune.core.errors import DataError, named
-from keeptune.data.calibration import after
+from keeptune.data.calibration import after, once
 from keeptune.data.completions import common_start
 from keeptune.data.examples import LanguageExamples, Lost, TokenRow, Truncate, fit, kept_numbers
 from keeptune.data.formats import FormatOptions, text_or_messages
@@ -82,7 +82,8 @@ class Preferences(LanguageExamples):
         columns = {name: [self.answers[row][at] for row in kept] for at, name in enumerate(names)}
         columns |= {"label": [self.good[row] for row in kept]} if self.good else {}
         columns |= {"chat_template_kwargs": [dict(self.template)] * len(kept)} if self.template else {}
-        return Dataset.from_dict({"row": kept, "prompt": [self.prompts[row] for row in kept], **columns}), lost
+        prompts = [_begun_once(tokenizer, self.prompts[row]) for row in kept]
+        return Dataset.from_dict({"row": kept, "prompt": prompts, **columns}), lost
 
     def fitted(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[list[TokenRow], Lost]:
         """Returns what is trained on with its first answer, whether good or bad, and what is lost by the longest."""
@@ -98,9 +99,8 @@ class Preferences(LanguageExamples):
     def _encoded(self, tokenizer: PreTrainedTokenizerBase, text: Text, where: str, *, answered: bool) -> list[int]:
         if isinstance(text, str):
             end = tokenizer.eos_token or ""
-            return list(
-                tokenizer(text + (end if answered and not text.endswith(end) else ""), verbose=False)["input_ids"]
-            )
+            ended = text + (end if answered and not text.endswith(end) else "")
+            return once(tokenizer, tokenizer([ended], verbose=False)["input_ids"])[0]
         turns = {"add_generation_prompt": not answered, "tokenize": True, "return_dict": True, **self.template}
         try:
             return list(tokenizer.apply_chat_template(list(text), **turns)["input_ids"])
@@ -108,6 +108,13 @@ class Preferences(LanguageExamples):
             got, wanted = f"messages that the chat template does not take ({error})", "a chat template for them"
             next_step = "Set task.chat_template, such as chatml, or correct the row."
             raise DataError(where, got=got, wanted=wanted, next_step=next_step) from error
+
+
+def _begun_once(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> Text:
+    """Returns a prompt for TRL, without the token that the tokenizer puts before every text."""
+    if not isinstance(prompt, str) or once(tokenizer, rows := tokenizer([prompt], verbose=False)["input_ids"]) == rows:
+        return prompt
+    return prompt.removeprefix(str(tokenizer.bos_token))
 
 
 def preferences(

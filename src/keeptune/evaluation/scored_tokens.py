@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.core.errors import DataError, ModelError, RecipeError, need_finite
 from keeptune.core.processes import divided
+from keeptune.data.calibration import once
 from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.model_pairs import ModelPair, of_both
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
@@ -120,7 +121,8 @@ class Encoder:
 
     def _encode(self, text: str) -> list[int]:
         # verbose=False: no warning about texts longer than the model, they are cut here.
-        return list(self.tokenizer(text, verbose=False, add_special_tokens=not self.templated)["input_ids"])
+        ids = self.tokenizer(text, verbose=False, add_special_tokens=not self.templated)["input_ids"]
+        return once(self.tokenizer, [list(ids)])[0]
 
     def _open_ended(self, text: str) -> list[int]:
         """Encodes a text to be continued: without the end token that some tokenizers add."""

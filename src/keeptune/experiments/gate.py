@@ -72,8 +72,7 @@ def check(
     names = [benchmark.name for benchmark in benchmarks]
     limits = limits_of(max_loss, names, names, "a benchmark of the suite")
     trained = TrainedModel.of(adapter, base=base, device=device_named(device))
-    own = (trained.folder / "tokenizer_config.json").is_file()  # with the template that it was trained with
-    tokenizer = load_tokenizer(str(trained.folder) if own else trained.base)
+    tokenizer = trained.load_tokenizer()
     for benchmark in benchmarks:  # before a model is loaded
         if isinstance(benchmark, FileBenchmark):
             load_items(benchmark, Path())

@@ -28,9 +28,9 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign
+from keeptune.adapter.load import SIDECAR, load_adapter, refuse_foreign, write_tokenizer
 from keeptune.adapter.probe import BOUNDS, gap_to, logits_of, random_probe
-from keeptune.core.artefact import atomic_directory, content_key, read_json, write_json, write_tensors, write_text
+from keeptune.core.artefact import atomic_directory, content_key, read_json, seal, write_json, write_tensors, write_text
 from keeptune.core.errors import ModelError
 from keeptune.core.processes import by_first
 from keeptune.core.weights import is_quantised
@@ -194,6 +194,7 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
             written: Any = load_adapter(job.base(), fresh)
         else:
             pair.tuned.save_pretrained(fresh)
+            write_tokenizer(job.tokenizer, pair.tuned, fresh, job.export_base.ends)
             dtype: Any = str(pair.tuned.dtype).removeprefix("torch.")
             written = load_model(str(fresh), LoadOptions(dtype=dtype, device=job.device, head=job.head))
         gap = gap_to(logits_of(written, probe), wanted, written.dtype, None, f"export {output}")
@@ -205,6 +206,7 @@ def write_variant(job: Job, variant: Variant, output: Path) -> Path:
             serve = load if job.head else shlex.join(["vllm", "serve", str(output)])
             export |= {"format": "merged", "rank": 0, "serve": serve, "vllm": ""}
         write_json(fresh / SIDECAR, sidecar | {"export": export, "variant": variant.record})
+        seal(fresh, export)
     return output
 
 
@@ -215,3 +217,4 @@ def copy_result(folder: Path, fresh: Path, output: Path, *without: str) -> None:
     for name in (SIDECAR, "README.md"):
         text = (fresh / name).read_text(encoding="utf-8")
         write_text(fresh / name, text.replace(was, str(output)))
+    seal(fresh, read_json(fresh / SIDECAR)["export"])

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,9 +21,10 @@ from keeptune.adapter.export import export, format_for
 from keeptune.adapter.install import install, restore_state, trained_state
 from keeptune.adapter.load import load_adapter
 from keeptune.api import base_of, store_of, tokens_of
-from keeptune.core.artefact import content_key, write_json
+from keeptune.core.artefact import EXPORT, content_key, read_json, write_json
 from keeptune.core.errors import TrainError
 from keeptune.core.plan import Plan
+from keeptune.data.chat_template import turn_ends
 from keeptune.evaluation.benchmarks import Benchmark
 from keeptune.evaluation.model_pairs import AdapterPair, ModelPair, TwoModels
 from keeptune.hosts.adopted import adopted_plan, refuse_adapter, refuse_start, without_adapter
@@ -229,16 +230,13 @@ def write_result(
     state = trained_state(model, plan) if trainer.is_fsdp_enabled else None
     if not trainer.accelerator.is_main_process:
         return
-    base = base_of(model, model.get_base_model().name_or_path)
+    base = replace(base_of(model, model.get_base_model().name_or_path), ends=turn_ends(tokenizer))
     if state is not None:
         model = install(base.load(), plan)
         restore_state(model, plan, state)
     format, _ = format_for(plan, "portable")
     folder = output / ("merged" if format == "merged" else "adapter")
-    within = dict(vars(model))
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # as it is loaded: without mixed precision
-    done = export(model, plan, folder, base=base, tokenizer=tokenizer)
-    vars(model).update(within)
+    export(model, plan, folder, base=base, tokenizer=tokenizer)
     record, kind = _trained(trainer, plan, base.name, seconds, evaluations), type(trainer)
     name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     recipe: dict[str, Any] = {"trainer": name, "model": base.name, "task": {}, "evaluate": list(benchmarks)}
@@ -246,7 +244,7 @@ def write_result(
     own = len(penalties_of(make_method(recipe["method"], seed=0)))  # the method's, which stand first
     recipe["penalties"] = [{"name": made.name, **made.options} for made in plan.penalties[own:]]
     write_json(output / "trained" / "train.json", record)
-    write_json(folder / "export.json", {"train": record["key"], **asdict(done)})
+    write_json(folder / EXPORT, read_json(folder / EXPORT) | {"train": record["key"]})
     write_json(output / "recipe.json", recipe)
     pair: Callable[[], ModelPair] = cache(lambda: AdapterPair(load_adapter(base.load(), folder)))
     if format == "merged":

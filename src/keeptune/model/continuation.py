@@ -96,11 +96,9 @@ def continued(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Returns the model's end tokens (often several), or else the tokenizer's."""
-    config = model.generation_config
-    named = config.eos_token_id if config is not None else None
-    named = tokenizer.eos_token_id if named is None else named
-    listed = named if isinstance(named, list) else [named]
+    """Returns the model's end tokens (often several), and the tokenizer's, which training ends texts with."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    listed = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
     return frozenset(int(token) for token in listed if token is not None)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keeptune.core.artefact import as_written, content_key, file_checksum, read_json, write_json
-from keeptune.core.errors import ArtefactError, KeeptuneError
+from keeptune.core.artefact import as_written, content_key, file_checksum, need_files, read_json, write_json
+from keeptune.core.errors import KeeptuneError
 from keeptune.core.processes import by_first
 
 T = TypeVar("T")
@@ -115,9 +115,5 @@ def read_record(path: Path, again: str = "Run the stage again.") -> dict[str, An
     """Returns the record of a stage whose files are as they were written; an ArtefactError says what is damaged."""
     record: dict[str, Any] = read_json(path, again)
     with as_written(path, again=again):
-        for name, checksum in record.get("files", {}).items():
-            if file_checksum(path.parent / name) != checksum:
-                wanted = "the file as it was written"
-                got = "bytes that do not match their checksum"
-                raise ArtefactError(str(path.parent / name), got=got, wanted=wanted, next_step=again)
+        need_files(path.parent, record.get("files", {}), again)
     return record

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from typing import Any
 
 from keeptune.adapter.export import Exported, ExportOptions, export, format_for
 from keeptune.adapter.load import SIDECAR
-from keeptune.core.artefact import content_key, read_json
+from keeptune.core.artefact import EXPORT, content_key, read_json
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
 from keeptune.core.processes import by_first
@@ -34,10 +33,10 @@ def export_stage(job: Job, plan: Plan) -> Exported:
     folder = job.output / ("merged" if format == "merged" else "adapter")
     trained = trained_result(job, plan).key
     made_of = [trained, wanted.model_dump(exclude={"check_original"}), *filter(None, [job.original])]
-    result = Stored("export", folder / "export.json", content_key(made_of))
+    result = Stored("export", folder / EXPORT, content_key(made_of))
 
     def write() -> dict[str, Any]:
-        done = export(
+        export(
             load_trained(job, plan),
             plan,
             folder,
@@ -45,10 +44,10 @@ def export_stage(job: Job, plan: Plan) -> Exported:
             base=job.export_base,
             tokenizer=job.tokenizer,
         )
-        return {"train": trained, **asdict(done)}
+        return dict(read_json(result.path)) | {"train": trained}
 
     def exported() -> None:
-        result.get(write, files=["*.safetensors", "*config.json", SIDECAR])
+        result.get(write)
         if find_result(job.output) != folder:
             result.path.touch()  # the newer of `adapter` and `merged` is the run's result
 

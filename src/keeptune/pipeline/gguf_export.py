@@ -17,10 +17,10 @@ from keeptune.adapter.gguf_files import Entry, Quantise, field_of, open_gguf
 from keeptune.adapter.load import SIDECAR, read_config, read_sidecar, refuse_foreign
 from keeptune.adapter.merging import is_streamed
 from keeptune.adapter.probe import Gap, logits_of, random_probe
-from keeptune.core.artefact import atomic_directory, write_json, write_text
+from keeptune.core.artefact import atomic_directory, checked, seal, write_json, write_text
 from keeptune.core.errors import ExportError, need_known
 from keeptune.core.offload import stored_value
-from keeptune.model.pretrained import LoadOptions, load_config, load_floats, load_model, load_tokenizer
+from keeptune.model.pretrained import LoadOptions, load_config, load_floats, load_model
 from keeptune.model.quantization import check_gguf, is_gguf
 from keeptune.pipeline.merge import merge_adapter
 from keeptune.pipeline.scoring import result_fingerprint
@@ -90,8 +90,7 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, 
     quantise: Quantise = options.quantise or ("f16" if merged else "f32")
     serve = ["-m", str(folder / name)] if merged else ["-m", base or "base.gguf", "--lora", str(folder / name)]
     lines = [f"FROM ./{name}"] if merged else [f"FROM {Path(base or 'base.gguf').absolute()}", f"ADAPTER ./{name}"]
-    own = str(trained.folder) if (trained.folder / "tokenizer_config.json").is_file() else trained.base
-    reader, tokenizer = open_gguf(base) if base else None, load_tokenizer(own)
+    reader, tokenizer = open_gguf(base) if base else None, trained.load_tokenizer()
     new = reader is not None and tokenizer.chat_template != field_of(reader, "tokenizer.chat_template")
     template = tokenizer.chat_template if new else None
     with atomic_directory(folder) as fresh:
@@ -114,6 +113,7 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, 
         done |= {"serve": shlex.join(["llama-server", *serve, "--alias", "tuned"]), "note": note}
         done["weights"] = result_fingerprint(trained.folder)
         write_json(fresh / SIDECAR, {"base": trained.base, "gguf": done})
+        seal(fresh, {"format": "gguf"})
     return done
 
 
@@ -130,7 +130,7 @@ def written(run: Path | str, base: str | None) -> dict[str, Any] | None:
     """Returns what was written of a run as it is now and for a base's file (None: any); None where that is not done."""
     weights = result_fingerprint(TrainedModel.of(str(run)).folder)
     for folder in (Path(run) / name for name in ("gguf", "gguf-merged")):
-        done: dict[str, Any] = read_sidecar(folder).get("gguf", {})
+        done: dict[str, Any] = read_sidecar(checked(folder)).get("gguf", {})
         if done.get("weights") == weights and done["base"] and base in {None, done["base"]}:
             return done
     return None

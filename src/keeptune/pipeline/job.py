@@ -13,23 +13,24 @@ from trl import SFTConfig
 
 from keeptune.adapter.anchor import resolve
 from keeptune.adapter.export import Base
-from keeptune.core.artefact import content_key
+from keeptune.core.artefact import checked, content_key
 from keeptune.core.processes import same_everywhere, world
 from keeptune.core.weights import refuse_quantised
 from keeptune.data.calibration import Calibration
-from keeptune.data.chat_template import with_template
+from keeptune.data.chat_template import turn_ends, with_template
 from keeptune.data.completions import joined_knowledge, with_replay
 from keeptune.data.examples import LanguageExamples, TokenRow, data_account
 from keeptune.data.labelled import LabelledExamples, Texts, choose_rows
 from keeptune.data.sources import Row, read_jsonl
 from keeptune.evaluation.benchmark_data import Corpus, refuse_used, used_rows
-from keeptune.model.head import Head, body_fingerprint
+from keeptune.model.head import Head, body_fingerprint, refuse_unknown_tokens
 from keeptune.model.pretrained import (
     LoadOptions,
     load_config,
     load_floats,
     load_model,
     load_positions,
+    load_shapes,
     load_tokenizer,
     quantised_loading,
 )
@@ -44,7 +45,7 @@ from keeptune.statistics.collect import source_name
 from keeptune.statistics.request import DataRole
 from keeptune.statistics.self_generated import SelfGeneration, SelfWritten, write_texts
 from keeptune.statistics.store import StatStore
-from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config
+from keeptune.training.arguments import CONFIGS, divide_step, example_length, sft_config, with_tokens
 from keeptune.training.losses.base import TaskLoss
 from keeptune.training.self_distillation import refuse_sdft
 from keeptune.training.sharding import asks, load_to_share, refuse_launcher
@@ -119,8 +120,9 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer; the task's chat template becomes its own, and is exported and scored with it."""
-        return with_template(load_tokenizer(self.recipe.model, self._source()), self.recipe.task.chat_template)
+        """The base's tokenizer; the task's chat template and its end become its own, in all stages."""
+        tokenizer = with_template(load_tokenizer(self.recipe.model, self._source()), self.recipe.task.chat_template)
+        return with_tokens(tokenizer, self.recipe.training)
 
     def base(self) -> PreTrainedModel:
         """Returns a freshly loaded base, in evaluation mode, on one device or several (``device_map``)."""
@@ -141,7 +143,8 @@ class Job:
     @property
     def export_base(self) -> Base:
         """The base as exports take it."""
-        return Base(self.recipe.model, self.base, self.load_floats, self.original, self.recipe.quantization)
+        recipe, ends = self.recipe, turn_ends(self.tokenizer)
+        return Base(recipe.model, self.base, self.load_floats, self.original, recipe.quantization, ends)
 
     @cached_property
     def original(self) -> str | None:
@@ -242,9 +245,8 @@ class Job:
         """A sample of the task as tokens, for statistics of inputs and gradients."""
         wanted = self.recipe.task.calibration
         length = self._cut(wanted.max_length)
-        sample: Calibration = self.task.calibration(
-            self.tokenizer, max_length=length, examples=wanted.examples, seed=wanted.seed
-        )
+        drawn = {"max_length": length, "examples": wanted.examples, "seed": wanted.seed}
+        sample: Calibration = self.task.calibration(self.tokenizer, **drawn)
         return sample
 
     @cached_property
@@ -281,10 +283,8 @@ class Job:
         """
         arguments = {"seed": 0, **self.recipe.training, **changes}
         kind = CONFIGS.get(self.recipe.task.kind, SFTConfig)  # a classifier's has max_length too
-        config = sft_config(
-            arguments, checkpoints, dtype=dtype, device=self.device, positions=self.positions, kind=kind
-        )
-        return divide_step(config, world())
+        how = {"dtype": dtype, "device": self.device, "positions": self.positions, "kind": kind}
+        return divide_step(sft_config(arguments, checkpoints, **how), world())
 
     # What the plan is made from
 
@@ -358,12 +358,17 @@ class Job:
         check_folder("output", self.output)
         check_folder("store", self.store.folder)
         check_device(self.device)
+        checked(Path(recipe.model))
         config = load_config(recipe.model, self._source())
         self.check_needs(config)
         rows, shards = recipe.trainable_token_indices, goes_with_shards(recipe.quantization, config)
         refuse_launcher(recipe.task.kind, len(self.task), self.loss, recipe.device_map, rows, shards=shards)
         quantised_loading(recipe.model, self._source())
-        self.task.first_tokens(1, self.tokenizer, 1)  # what a chat template refuses is refused here
+        # What a chat template refuses is refused here, and tokens that the base has no rows for.
+        more = len(self.tokenizer) > (getattr(config.get_text_config(), "vocab_size", None) or sys.maxsize)
+        read = self.task.first_tokens(len(self.task) if more else 1, self.tokenizer, sys.maxsize if more else 1)
+        if more:
+            refuse_unknown_tokens(load_shapes(recipe.model, self._source()), read, "task.train")
         used = [Corpus("task.train", [row for rows in self._task_files for row in rows], self.task.read_texts)]
         for part, own in zip(self.filed_knowledge, self.knowledge_rows, strict=True):
             labelled = isinstance(self.task, LabelledExamples)

@@ -8,8 +8,9 @@ from typing import cast, get_args
 from keeptune.adapter.load import SIDECAR, check_base
 from keeptune.adapter.merging import is_streamed, merge
 from keeptune.core.errors import ModelError, need_known
+from keeptune.data.chat_template import turn_ends
 from keeptune.model.head import body_fingerprint
-from keeptune.model.pretrained import Dtype, LoadOptions, load_config, load_floats, load_model, load_tokenizer
+from keeptune.model.pretrained import Dtype, LoadOptions, load_config, load_floats, load_model
 from keeptune.model.quantization import stays_quantised
 from keeptune.pipeline.machine import device_named
 from keeptune.pipeline.trained_changes import TrainedModel
@@ -36,7 +37,7 @@ def merge_adapter(
     Raises:
         ModelError: The folder is not an adapter, or is one for another base; or its base is stored quantised and the
             original is not known.
-        ExportError: The output holds something else, or the logits of the merged model are not finite.
+        ExportError: The output holds something else, or the merged model does not compute what the adapter does.
         RecipeError: The dtype is unknown.
     """
     need_known(dtype, get_args(Dtype), "--dtype", ", ".join(get_args(Dtype)))
@@ -62,5 +63,6 @@ def merge_adapter(
             source = replace(source, device=device_named("auto"))
         trained_on = (load_model if quantised else load)(name, source)
         check_base(trained.folder, body_fingerprint(trained_on), None if head is None else head.labels)
-    from_floats, tokenizer = partial(load, options=options), load_tokenizer(name)
-    return merge(trained.folder, output, base=whole, load=from_floats, tokenizer=tokenizer)
+    from_floats, tokenizer = partial(load, options=options), trained.load_tokenizer()
+    ends = turn_ends(tokenizer)
+    return merge(trained.folder, output, base=whole, load=from_floats, tokenizer=tokenizer, ends=ends)

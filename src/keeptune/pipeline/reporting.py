@@ -1,6 +1,7 @@
 """The report stage: finished runs, read from their folders and checked, to report.json and report.html."""
 
 import datetime
+import logging
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from keeptune.report.pages.card import model_card, same_but_versions
 from keeptune.report.pages.item_rows import lost_and_gained
 from keeptune.report.pages.page import repeat
 
-_FULL = "full"
+_log = logging.getLogger(__name__)
+_FULL, _NOTHING_LEFT = "full", 0.01
 _TRACE = Path("trace", "trace.json")  # where `keeptune trace --output <run>/trace` puts it
 
 
@@ -77,7 +79,7 @@ class FinishedRun:
             ArtefactError: It is not a finished run, or its parts are of different recipes.
         """
         trained = _read(self.folder / "trained" / "train.json", "train")
-        exported = _read(self.result / "export.json", "export")
+        exported = {"train": None, **_read(self.result / "export.json", "export")}
         plan, gap, notes = self.plan, exported.get("original_relative_gap"), list[str]()
         if gap is not None and exported["format"] != "merged":
             on = f"on {exported['original']} its logits are off by {gap:.0%} (relative)"
@@ -187,6 +189,7 @@ def write_report(
     for run, entry in zip(runs, entries, strict=True):
         with as_written(run.folder, again=again("run")):
             entry |= trade_off(run.results, full.get(entry["seed"], outside[0].results if outside else None))
+            entry["notes"] = [*entry["notes"], *_lost_all(run.folder, entry["K"])]
             if run.folder != output:
                 continue
             # What was kept and lost; the card of the export knew no scores.
@@ -205,6 +208,14 @@ def write_report(
         write_html(report, page, _extras(runs, entries, output))
     write_json(record, report)  # last: where it is, the page is of it
     return report
+
+
+def _lost_all(folder: Path, kept: float | None) -> list[str]:
+    if kept is None or kept >= _NOTHING_LEFT:
+        return []
+    told = f"K = {kept:.1g}: hardly any knowledge is left, whatever the loss: training diverged, or its rate is far"
+    _log.warning("report %s: %s too high; lower train.learning_rate", folder, told)
+    return [f"{told} too high; lower train.learning_rate"]
 
 
 def _extras(runs: Sequence[FinishedRun], entries: Sequence[dict[str, Any]], output: Path) -> dict[str, Any]:

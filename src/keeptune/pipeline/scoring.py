@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.adapter.load import check_base, load_adapter
-from keeptune.core.artefact import content_key, file_fingerprint, write_text
+from keeptune.core.artefact import EXPORT, checked, content_key, file_fingerprint, write_text
 from keeptune.core.errors import ModelError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.processes import by_first, is_first
@@ -36,7 +36,7 @@ def evaluate_stage(job: Job, adapter: Path | None = None, *, kept: KeptAnswers |
     Returns:
         One summary per benchmark.
     """
-    folder = adapter or by_first(lambda: find_result(job.output))
+    folder = by_first(lambda: find_result(job.output) if adapter is None else checked(adapter))
     weights = by_first(lambda: result_fingerprint(folder))
     results = job.output / ("evaluation" if adapter is None else f"evaluation-{weights[:12]}")
     pair = cache(lambda: load_pair(job, folder))  # not loaded where every benchmark is scored
@@ -119,8 +119,9 @@ def find_result(output: Path) -> Path:
 
     Raises:
         ModelError: Nothing was exported yet.
+        ArtefactError: It is damaged, or was changed.
     """
-    folders = [output / name for name in ("adapter", "merged") if (output / name / "export.json").is_file()]
+    folders = [output / name for name in ("adapter", "merged") if (output / name / EXPORT).is_file()]
     if not folders:
         raise ModelError(
             f"run {output}",
@@ -128,11 +129,12 @@ def find_result(output: Path) -> Path:
             wanted="a run that was trained and exported",
             next_step="Run `keeptune export` with its recipe first, or set --adapter.",
         )
-    return max(folders, key=lambda folder: (folder / "export.json").stat().st_mtime)
+    found = max(folders, key=lambda folder: (folder / EXPORT).stat().st_mtime)
+    return checked(found)
 
 
 def result_fingerprint(folder: Path) -> str:
-    """Returns the fingerprint of a result's weights.
+    """Returns the fingerprint of a result's weights; of another origin, also of how they are used.
 
     Raises:
         ModelError: There are no safetensors weights in it.
@@ -145,4 +147,5 @@ def result_fingerprint(folder: Path) -> str:
             wanted="an adapter folder of PEFT, or a whole model",
             next_step="Check the path.",
         )
-    return file_fingerprint(weights)
+    config = folder / "adapter_config.json"  # whose scale may change; where keeptune exported it, it is checked
+    return file_fingerprint(weights + [config] * (config.is_file() and not (folder / EXPORT).is_file()))

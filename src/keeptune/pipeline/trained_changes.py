@@ -21,18 +21,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keeptune.adapter.export import Base
 from keeptune.adapter.load import check_base, load_adapter, read_config, read_sidecar
-from keeptune.adapter.merging import PLAIN_STARTS
+from keeptune.adapter.merging import PLAIN_STARTS, merged_by_peft
+from keeptune.core.artefact import checked
 from keeptune.core.errors import ModelError, RecipeError
 from keeptune.core.low_rank import LowRank
 from keeptune.core.target import Target
 from keeptune.core.weights import is_linear_map, is_quantised, read_weight
+from keeptune.data.chat_template import turn_ends
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import Head, body_fingerprint
-from keeptune.model.pretrained import Dtype, LoadOptions, load_floats, load_model
+from keeptune.model.pretrained import Dtype, LoadOptions, load_floats, load_model, load_tokenizer
 from keeptune.pipeline.scoring import find_result
 from keeptune.recipe.paths import resolve_model
 
@@ -123,7 +125,13 @@ class TrainedModel:
     def export_base(self) -> Base:
         """The base as exports take it."""
         floats = LoadOptions(dtype=self.dtype, device=self.device, head=self.head)
-        return Base(self.base, self.load_base, partial(load_floats, options=floats), self.original, self.quantization)
+        floats_of, ends = partial(load_floats, options=floats), turn_ends(self.load_tokenizer())
+        return Base(self.base, self.load_base, floats_of, self.original, self.quantization, ends)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the tokenizer that it was trained with, where that lies beside it, or the base's."""
+        own = (self.folder / "tokenizer_config.json").is_file()
+        return load_tokenizer(str(self.folder) if own else self.base)
 
     def load_tuned(self) -> PreTrainedModel:
         """Loads the adapter on a fresh base, or the whole model, in evaluation mode."""
@@ -256,18 +264,7 @@ def _merged(wrapped: PeftModel, folder: Path) -> PreTrainedModel:
             wanted="LoRA or DoRA, whose change shows in its factors: merged, all of W would be quantised again",
             next_step="Merge it into the original weights, and measure the whole model with --base.",
         )
-    try:
-        return wrapped.merge_and_unload()
-    # AttributeError: prompt tuning and its like have nothing to merge; ValueError, NotImplementedError: a kind or a
-    # base that PEFT does not merge.
-    except (AttributeError, ValueError, NotImplementedError) as error:
-        kind = wrapped.peft_config["default"].peft_type
-        raise ModelError(
-            f"adapter {folder}",
-            got=f"an adapter of type {getattr(kind, 'value', kind)}, which PEFT does not merge into weights",
-            wanted="an adapter that changes weights: LoRA, DoRA or another that can be merged",
-            next_step="Measure another adapter, or merge it yourself and measure the whole model.",
-        ) from error
+    return merged_by_peft(wrapped, folder)
 
 
 def _other_base(where: str, base: PreTrainedModel, got: str) -> ModelError:
@@ -280,4 +277,4 @@ def _result_of(source: str) -> Path:
     """Returns the adapter or model that a source stands for, itself or what a run exported; it may not exist."""
     folder = Path(source).expanduser()
     is_run = (folder / "plan").is_dir() and not (folder / "config.json").is_file()
-    return find_result(folder) if is_run else folder
+    return find_result(folder) if is_run else checked(folder)

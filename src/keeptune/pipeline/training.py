@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.install import install, restore_state, trained_state
 from keeptune.adapter.trained_head import full
-from keeptune.core.artefact import atomic_directory, content_key, read_json, read_tensors, write_tensors
+from keeptune.core.artefact import atomic_directory, content_key, need_files, read_json, read_tensors, write_tensors
 from keeptune.core.errors import TrainError
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.plan import Plan
@@ -111,7 +111,7 @@ def _train(job: Job, plan: Plan, result: Stored) -> int:
                 tuned.save_pretrained(fresh / "model", state_dict=weights)
             else:
                 write_tensors(fresh / _FACTORS, factors)
-            result.write(record, files=[_FACTORS, "model/*.safetensors"], folder=fresh)
+            result.write(record, files=[_FACTORS, "model/*"], folder=fresh)
 
     by_first(write)
     return sum(p.nbytes for p in tuned.parameters())
@@ -146,6 +146,7 @@ def load_trained(job: Job, plan: Plan) -> PreTrainedModel | PeftModel:
             next_step="Run `keeptune train` with the same recipe first.",
         )
     folder = result.path.parent
+    need_files(folder, record.get("files", {}), "Run `keeptune train` with the same recipe: it trains again.")
     if plan.scope == "all":
         return load_model(str(folder / "model"), LoadOptions(dtype="float32", device=job.device, head=job.head))
     tuned = install(job.base(), plan, anchor=job.recipe.anchor)

@@ -20,7 +20,6 @@ from keeptune.core.weights import read_weight
 from keeptune.data.calibration import Calibration
 from keeptune.model.blocks import find_targets, head_of
 from keeptune.model.head import body_fingerprint
-from keeptune.model.pretrained import load_tokenizer
 from keeptune.model.runner import Runner
 from keeptune.pipeline.scoring import result_fingerprint
 from keeptune.pipeline.trained_changes import TrainedModel
@@ -87,7 +86,7 @@ class FactoredModel:
         return cls(
             trained=trained,
             model=model,
-            tokenizer=load_tokenizer(trained.base),
+            tokenizer=trained.load_tokenizer(),
             fingerprint=body_fingerprint(model),
             weights=result_fingerprint(trained.folder),
             changes=changes,

@@ -27,7 +27,7 @@ from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.options import Options, Range
 from keeptune.core.out_of_memory import out_of_memory
 from keeptune.core.processes import divided, held_by_first
-from keeptune.data.calibration import after, pad_id_of
+from keeptune.data.calibration import after, once, pad_id_of
 from keeptune.data.examples import LanguageExamples, TokenRow, Truncate
 from keeptune.data.sources import read_jsonl, refuse_empty, render_all
 from keeptune.model.blocks import positions
@@ -211,7 +211,7 @@ class _Writer:
     def _read(self, prompt: str, chat: bool) -> list[int]:
         if chat:
             return self._ids(self._turn(prompt))
-        ids = list(self.tokenizer(prompt, verbose=False)["input_ids"]) if prompt else self.start
+        ids = once(self.tokenizer, self.tokenizer([prompt], verbose=False)["input_ids"])[0] if prompt else self.start
         # Some tokenizers end every text.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 

@@ -17,12 +17,12 @@ import torch
 from accelerate.utils import patch_environment
 from huggingface_hub import get_token
 from pydantic import Field, TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DPOConfig, KTOConfig, SFTConfig
 
-from keeptune.core.errors import RecipeError, nearest, need_known
+from keeptune.core.errors import RecipeError, named, nearest, need_known
 from keeptune.training.sharding import asks
 from keeptune.training.zero import refuse_zero
 
@@ -171,6 +171,21 @@ def sft_config(
             next_step="Leave it out (and stop_at_loss), or launch without FSDP and DeepSpeed.",
         )
     return made
+
+
+def with_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Gives a tokenizer the recipe's ``eos_token`` and ``pad_token``, before any data are read: TRL does it later.
+
+    Raises:
+        RecipeError: It has no such token.
+    """
+    for key in ("eos_token", "pad_token"):
+        token = arguments.get(key)
+        if token is not None and token not in tokenizer.get_vocab():
+            known, wanted = tokenizer.all_special_tokens, "a token of the tokenizer"
+            raise RecipeError(f"train.{key}", got=str(token), wanted=wanted, next_step=f"Such as {named(known)}.")
+        setattr(tokenizer, key, token or getattr(tokenizer, key))
+    return tokenizer
 
 
 def divide_step(config: Any, processes: int) -> Any:

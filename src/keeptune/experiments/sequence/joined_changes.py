@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from keeptune.adapter.export import Exported, ExportOptions, export
 from keeptune.adapter.install import install
-from keeptune.adapter.load import SIDECAR
+from keeptune.adapter.load import SIDECAR, write_tokenizer
 from keeptune.adapter.vllm_rules import SERVED_RANKS
 from keeptune.core.artefact import atomic_directory, write_json
 from keeptune.core.low_rank import LowRank
@@ -105,5 +105,5 @@ def write_whole(base: Job, model: PreTrainedModel, folder: Path, dtype: torch.dt
     """Writes a whole model in a dtype, with its tokenizer and the name of its base, whole or not at all."""
     with atomic_directory(folder) as fresh:
         model.to(dtype).save_pretrained(fresh)
-        base.tokenizer.save_pretrained(fresh)
+        write_tokenizer(base.tokenizer, model, fresh, base.export_base.ends)
         write_json(fresh / SIDECAR, {"base": base.recipe.model})

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from keeptune.adapter.export import format_for
 from keeptune.adapter.load import load_adapter
 from keeptune.adapter.probe import gap_to, logits_of
-from keeptune.core.artefact import content_key, file_fingerprint, read_json, write_json
-from keeptune.core.errors import ExportError, ModelError, placed
+from keeptune.core.artefact import EXPORT, checked, content_key, file_fingerprint, read_json, seal
+from keeptune.core.errors import ArtefactError, ExportError, ModelError, placed
 from keeptune.core.locks import owned
 from keeptune.core.processes import by_first, held_by_first
 from keeptune.core.weights import is_quantised
@@ -124,13 +124,21 @@ def _stage(course: _Course, stage: Stage, done: Sequence[_Done]) -> _Done:
     after, run = course.output / "after" / stage.folder, course.output / "stages" / stage.folder
     stored = Stored(f"stage {stage.name}", after / "stage.json", _key(course, stage, done))
     record = stored.read()
-    if record is None or not by_first(partial(list, (run / record["result"]).glob("*.safetensors"))):
+    if record is None or not by_first(partial(_is_whole, run / record["result"])):
         start_from = by_first(lambda: _start_model(course, done))
         made = _run_stage(course, stage, done, start_from)
-        record = stored.write(made, files=[f"{made['product']}/*.safetensors"])
+        record = stored.write(made, files=[f"{made['product']}/*"])
         if start_from is not None and not course.sequence.keep_models:
             by_first(lambda: _remove_model(start_from))
     return _Done(run / record["result"], after / record["product"], record)
+
+
+def _is_whole(result: Path) -> bool:
+    try:
+        return any(checked(result).glob("*.safetensors"))
+    except ArtefactError as error:
+        _log.warning("%s; the stage runs again", error)
+        return False
 
 
 def _run_stage(course: _Course, stage: Stage, done: Sequence[_Done], start_from: Path | None) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def _start_model(course: _Course, done: Sequence[_Done]) -> Path | None:
         return asdict(gap_to(written, wanted, course.dtype, course.wanted.max_gap, where))
 
     key = content_key([last.record["key"], last.record["weights"]])
-    Stored(where, folder.with_name(f"{folder.name}.json"), key).get(write, files=[f"{folder.name}/*.safetensors"])
+    Stored(where, folder.with_name(f"{folder.name}.json"), key).get(write, files=[f"{folder.name}/*"])
     return folder
 
 
@@ -237,7 +245,7 @@ def _write_product(course: _Course, stage: Stage, done: Sequence[_Done], result:
     if product.name == "merged":
         whole = _model_after(course.base, [*done, _Done(result, product, {})])
         write_whole(course.base, whole, product, course.dtype)
-        write_json(product / "export.json", {"format": "merged"})
+        seal(product, {"format": "merged"})
         return 0
     changes = joined(read_changes(done[-1].product) if done else {}, read_changes(result))
     if not changes:
@@ -248,8 +256,7 @@ def _write_product(course: _Course, stage: Stage, done: Sequence[_Done], result:
             next_step="Raise its learning rate.",
         )
     options = {"stages": [one.name for one in course.sequence.stages[: stage.number]]}
-    written = write_adapter(course.base, changes, product, ExportSpec(max_gap=course.wanted.max_gap), options)
-    write_json(product / "export.json", asdict(written))
+    write_adapter(course.base, changes, product, ExportSpec(max_gap=course.wanted.max_gap), options)
     return max(change.rank for change in changes.values())
 
 
@@ -284,10 +291,11 @@ def _final(course: _Course, last: _Done) -> tuple[Path, dict[str, Any] | None]:
     options = {"stages": [stage.name for stage in course.sequence.stages]}
 
     def write() -> dict[str, Any]:
-        return asdict(write_adapter(course.base, read_changes(last.product), folder, course.wanted, options))
+        write_adapter(course.base, read_changes(last.product), folder, course.wanted, options)
+        return dict(read_json(folder / EXPORT))
 
     key = content_key([last.record["key"], last.record["weights"], course.wanted.model_dump()])
-    stored = Stored("export", folder / "export.json", key)
-    record = stored.get(write, files=["*.safetensors"])
+    stored = Stored("export", folder / EXPORT, key)
+    record = stored.get(write)
     stored.path.touch()  # the newer of `adapter` and `merged` is what is scored
     return folder, {k: v for k, v in record.items() if k not in ("key", "files")}
