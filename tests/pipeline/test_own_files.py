@@ -1,7 +1,7 @@
 """Whatever became of a file of keeptune's own: a result, or one error whose advice can be followed.
 
-The gate tries a part of (file x damage) with `keeptune report`; `KEEPTUNE_DAMAGES=1 pytest -n0
-tests/pipeline/test_own_files.py` tries every pair with every command that reads a run (`make attack`).
+The gate tries a part of (file x damage) with `keeptune report`; `KEEPTUNE_EXAMPLES=1 pytest -n0
+tests/pipeline/test_own_files.py` tries every pair with every command that reads a run, as `make attack` does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from keeptune.recipe.schema import Recipe
 from keeptune.statistics.store import StatStore
 from keeptune.statistics.store_use import listing
 
-EVERYTHING = "KEEPTUNE_DAMAGES" in os.environ
+EVERYTHING = "KEEPTUNE_EXAMPLES" in os.environ
 Damage = Callable[[Path], object]
 FILES = (
     *("plan/plan.json", "plan/seconds.json", "plan/factors.safetensors", "trained/train.json", "recipe.json"),

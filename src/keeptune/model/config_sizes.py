@@ -14,8 +14,8 @@ _MOST = 2**43  # weights of a model on the hub, which are not at hand yet
 
 
 def check_counts(config: Path) -> None:
-    """Refuses a file with a count of a million or more, which Transformers would count up to."""
-    count = re.search(rb'"num_\w+"\s*:\s*\d{7,}', config.read_bytes())
+    """Refuses a file with a million layers or labels or more, which Transformers would count up to."""
+    count = re.search(rb'"num_\w*(layers|heads|experts|labels)\w*"\s*:\s*\d{7,}', config.read_bytes())
     if count is not None:
         raise ModelError(str(config), got=count[0].decode(), wanted="a count", next_step="Correct it.")
 
@@ -26,11 +26,13 @@ def check_sizes(name: str, config: Any) -> None:
     sizes = {key: value for key in keys if isinstance(value := getattr(config, key, None), int)}
     width, layers, vocabulary, inner, head = (sizes.get(key, 1) for key in (*_NEEDED, *keys[-3:-1]))
     experts, heads = (max(1, *(sizes.get(key, 1) for key in some)) for some in (_EXPERTS, _HEADS))
+    inner = getattr(config, "moe_intermediate_size", None) or inner
     learned = 0 if getattr(config, "rope_parameters", None) else sizes.get("max_position_embeddings", 0)
     about = width * (vocabulary + learned + layers * (width + inner * experts + heads * head))
     weights = sum(file.stat().st_size for file in Path(name).glob("*") if file.suffix in (".safetensors", ".bin"))
     room = max(8 * weights, _SMALL) if weights else _MOST
-    if any(value < (key in _NEEDED) for key, value in sizes.items()) or about > room:
+    counts = {key: value for key, value in sizes.items() if key != keys[-1]}  # which is -1 where there is no most
+    if any(value < (key in _NEEDED) for key, value in counts.items()) or about > room:
         got = ", ".join(f"{key}: {value}" for key, value in sizes.items())
         wanted = "sizes of a model, and no more of it than there are weights"
         raise ModelError(f"model {name}, config.json", got=got, wanted=wanted, next_step="Copy the whole model again.")
