@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import warnings
 from functools import cache
@@ -31,6 +30,10 @@ def refuse_endless(tokenizer: Any, where: str) -> None:
 
 @cache
 def _ends(template: str) -> bool:
+    if not hasattr(os, "fork"):  # Windows
+        return True
+    import resource
+
     with warnings.catch_warnings(action="ignore"):  # that there are threads: the child needs none of them
         child = os.fork()
     if child:
