@@ -105,6 +105,12 @@ def test_the_head_is_no_target_tied_or_not(architecture: str, tied: bool) -> Non
     assert not any("lm_head" in name or "embed" in name for name in names)
 
 
+def test_the_head_as_a_target_is_refused_with_the_true_reason() -> None:
+    with pytest.raises(PlanError, match="the head over the vocabulary") as caught:
+        find_targets(MODELS["llama"](), ["q_proj", "lm_head"])
+    assert "modules_to_save: [lm_head]" in caught.value.next_step
+
+
 def _tied(architecture: str, tied: bool) -> Any:
     factory: Callable[..., Any] = MODELS[architecture]
     return factory(tie_word_embeddings=tied) if architecture == "llama" else factory()
