@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,4 +65,6 @@ def test_plans_are_bit_equal_to_those_of_one_process(folder: Path, count: int) -
 def test_a_statistic_is_sent_once_in_float64(folder: Path, count: int) -> None:
     """Eight bytes for each number of a sum, and eight for its tokens, whatever the data."""
     sites = {target.input_group: target.in_features for target in find_targets(MODELS["llama"]())}
-    assert read_json(folder / f"sent-{count}.json") == [part for n in sites.values() for part in (8 * n * n, 8)]
+    assert json.loads((folder / f"sent-{count}.json").read_text("utf-8")) == [
+        part for n in sites.values() for part in (8 * n * n, 8)
+    ]

@@ -269,7 +269,7 @@ def test_a_full_disk_is_a_failure_of_the_run_and_what_was_there_stays(
     def full(path: Path, *_: Any) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    for place in ("keeptune.pipeline.scoring.write_bytes", "keeptune.experiments.single_run.write_json"):
+    for place in ("keeptune.pipeline.scoring.write_text", "keeptune.experiments.single_run.write_json"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             outcome = attempt(task)

@@ -24,6 +24,10 @@ BOUND = 1e-4  # of scores after training that agrees to rounding
 BENCHMARKS = ("stories", "sums", "animals", "arc_easy")
 
 
+def _read_list(path: Path) -> list[Any]:
+    return list(json.loads(path.read_text("utf-8")))
+
+
 def _write(folder: Path, data: Path) -> Path:
     """Writes the recipes of a run, of a comparison with a variant, and of two stages."""
     given = values(data, folder / "run", folder / "store", method=LORA)
@@ -80,7 +84,7 @@ def test_two_processes_score_one_adapter_as_one_does(name: str, both: tuple[Path
 
 def test_each_process_scores_a_part(both: tuple[Path, Path]) -> None:
     """Without a division each would score all, twice what one process does."""
-    (wanted,), found = (read_json(folder / "texts.json") for folder in both)
+    (wanted,), found = (_read_list(folder / "texts.json") for folder in both)
     assert sum(found) == wanted
     assert max(found) <= 0.7 * wanted
 
@@ -111,14 +115,14 @@ def test_one_process_takes_what_two_have_done(both: tuple[Path, Path]) -> None:
 
 
 def test_an_error_of_the_first_is_raised_on_all(both: tuple[Path, Path]) -> None:
-    assert read_json(both[1] / "errors.json") == [str(error_of_first())] * 2
+    assert _read_list(both[1] / "errors.json") == [str(error_of_first())] * 2
 
 
 def test_what_one_process_alone_meets_ends_all(both: tuple[Path, Path]) -> None:
     """What all meet is recorded, as the cell "mad" is, and the next goes on."""
-    assert read_json(both[1] / "met.json") == [False, False]
+    assert _read_list(both[1] / "met.json") == [False, False]
 
 
 def test_the_first_process_alone_ends_with_the_code_of_a_failed_cell(both: tuple[Path, Path]) -> None:
     """A launcher ends all as soon as one has left with a code; the first has to say what failed."""
-    assert [read_json(folder / "codes.json") for folder in both] == [[1], [1, 0]]
+    assert [_read_list(folder / "codes.json") for folder in both] == [[1], [1, 0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from tests.forks import Forks
 from tests.training.launched import BACKENDS, CASES, SHARD, Found, goes_on, learned, main, resumed
 from tests.training.support import every, here
 
-from keeptune.core.artefact import read_json
 from keeptune.core.plan import Plan
 
 ZERO = [f"{name} 2" for name in here(BACKENDS) if name.startswith("zero")]
@@ -73,7 +73,7 @@ def test_processes_train_what_one_does(
 def test_what_a_step_of_penalties_sends(name: str, backend: str, folder: Path, together: Mapping[str, Found]) -> None:
     """DDP: nothing, for KL one sum of gradients (keep: at every second step, and one of checks); FSDP2: each factor."""
     assert together
-    plan, counts = Plan.load(folder / name), read_json(folder / f"{name}, {backend} 2.json")
+    plan, counts = Plan.load(folder / name), json.loads((folder / f"{name}, {backend} 2.json").read_text("utf-8"))
     factors = 2 * len(plan.targets)
     if backend == "ddp":
         assert {*counts} == {"kl": {1}, "keep": {0, 1, 2}}.get(name, {0})
