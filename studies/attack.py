@@ -54,7 +54,7 @@ SAME = (
     "numbers to rounding, and nothing is left"
 )
 MENDED = (
-    "Attacks of commit e053f81 and of those up to f759861 found, and these mended: temporary files of killed writes "
+    "Attacks of commit e053f81 and of those up to cd470f2 found, and these mended: temporary files of killed writes "
     "that stayed; a sequence killed after its page, without its figures for ever; target modules in an order that a "
     "process's hashes decide; tracebacks where a disk fills up while a tokenizer is saved, and of a pickle in a "
     "checkpoint with right checksums; names as HTML in the heading of a card."
