@@ -17,7 +17,7 @@ from tests.pipeline.support import METHODS, MODEL, Said, keeptune, read_jsonl, w
 
 from keeptune.adapter.load import SIDECAR
 from keeptune.core import artefact
-from keeptune.core.artefact import read_json
+from keeptune.core.artefact import EXPORT, read_json
 
 Values = Callable[..., dict[str, Any]]
 Finished = Callable[[str], Path]
@@ -353,7 +353,8 @@ def test_an_adapter_of_another_shape_or_kind(
     """Adapters of others carry no fingerprint: PEFT's own errors must be told."""
     adapter = tmp_path / "adapter"
     shutil.copytree(finished("lora") / "adapter", adapter)
-    (adapter / SIDECAR).unlink()
+    for ours in (SIDECAR, EXPORT):
+        (adapter / ours).unlink()
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({k: v[:, :-1].contiguous() for k, v in weights.items()}, adapter / "adapter_model.safetensors")
     config = read_json(adapter / "adapter_config.json")
