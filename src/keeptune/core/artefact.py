@@ -169,7 +169,7 @@ def write_json(path: Path, value: Any, *, checked: bool = False) -> None:
     """Writes readable JSON whole or not at all; a ``checked`` object with a checksum, for :func:`read_json`."""
     plain = json.loads(redacted(json.dumps(json.loads(canonical_json(value)), indent=2, ensure_ascii=False)))
     own = {_CHECKSUM: content_key(plain)} if checked else {}
-    write_text(path, json.dumps(plain | own if own else plain, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(path, f"{json.dumps(plain | own if own else plain, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:

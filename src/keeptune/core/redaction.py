@@ -24,7 +24,7 @@ def redacted(text: str) -> str:
     ('https://***@host/v1?eos_token=</s>', '{"wandb_api_key": "***"}')
     """
     for name, value in os.environ.items():
-        if len(value) >= 16 and value in text and _VARIABLES.search(name) and "/" not in value:
+        if len(value) >= 16 and _VARIABLES.search(name) and "/" not in value and value in text:
             text = text.replace(value, "***")
     for begin, rest in _TOKENS.items():
         if begin in text:
