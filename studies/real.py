@@ -1,6 +1,7 @@
 """What methods forget on real language models: cells of (model, task, entry, seed), one after the other.
 
     python -m studies.real DATA --models FOLDER [--work runs/real] [--out docs/results/real] [--limit N]
+    python -m studies.real DATA --models FOLDER --instructions     # IFEval of some of them: OUT/ifeval.jsonl
     python -m studies.real --tables [--out docs/results/real]      # OUT.md and OUT/real.png, from the records alone
 
 FOLDER has the models that studies/models.py writes. A finished cell is a line of OUT/cells.jsonl, which is committed;
@@ -37,7 +38,7 @@ from keeptune.pipeline.training import train_stage
 from keeptune.posthoc.repair_files import Files, read_files
 from keeptune.recipe.schema import make_recipe
 from studies.cells import read_rows
-from studies.real_data import Row, Sizes, held_out_texts, kept_benchmarks, task_of, write_data
+from studies.real_data import Row, Sizes, held_out_texts, instructions, kept_benchmarks, task_of, write_data
 from studies.real_tables import write_page
 
 VERSION = 2  # of what a cell does: raise it with every change of that, and all cells are run anew
@@ -123,21 +124,33 @@ def schedule() -> Iterator[Cell]:
     yield from ((*cell, 0) for cell in dict.fromkeys(cells))
 
 
+def instructed() -> Iterator[Cell]:
+    """The cells whose answers to instructions are scored as well: an answer takes longer than a label."""
+    ways = [f"lora, {RATE:g}", "keep, defaults", "lora scaled, 0.5", "lora-null v1", "corda", "kl generated, 1"]
+    yield from (("smollm2", "labels", name, 0) for name in [*ways, "replay generated, 0.3"])
+    yield from (("smollm2", "calls", name, 0) for name in ways[:2])
+
+
 @dataclass(frozen=True)
 class Study:
-    """A study: the folders of data, models, runs and records, and how much is scored and trained."""
+    """A study: the folders of data, models, runs and records, how much is scored and trained, and whether IFEval is."""
 
     data: Path
     models: Path
     work: Path
     out: Path
     sizes: Sizes = field(default_factory=Sizes)
+    instructions: bool = False
+
+    @property
+    def records(self) -> Path:
+        """The file of the records."""
+        return self.out / ("ifeval.jsonl" if self.instructions else "cells.jsonl")
 
     @property
     def done(self) -> set[Cell]:
         """The cells that have a record of this version."""
-        path = self.out / "cells.jsonl"
-        rows = [row for row in read_rows(path) if row["v"] == VERSION] if path.is_file() else []
+        rows = [row for row in read_rows(self.records) if row["v"] == VERSION] if self.records.is_file() else []
         return {(row["model"], row["task"], row["entry"], row["seed"]) for row in rows}
 
     def recipe(self, cell: Cell) -> Row:
@@ -150,6 +163,7 @@ class Study:
         generated = {"generate": sizes.knowledge}
         written = {"knowledge": generated if entry.knowledge == "generated" else entry.knowledge}
         slug = "-".join((model, task, name.replace(",", "").replace(" ", "_"), str(seed)))
+        scored = [learned, *kept_benchmarks(self.data, files, self.work / model, sizes)]
         train = {"learning_rate": entry.rate, "max_steps": round(sizes.steps * entry.steps), "max_length": 160}
         return {
             "model": str(self.models / model),
@@ -157,7 +171,7 @@ class Study:
             **(written if entry.knowledge else {}),
             "task": section | changes.pop("task", {}),
             "train": {**train, "per_device_train_batch_size": batch, "seed": seed, "save_strategy": "no"},
-            "evaluate": [learned, *kept_benchmarks(self.data, files, self.work / model, sizes)],
+            "evaluate": [instructions(files, sizes)] if self.instructions else scored,
             "output": str(self.work / "runs" / slug),
             "store": str(self.work / "store"),
             "device": "cpu",
@@ -270,7 +284,7 @@ def run_study(study: Study, cells: Iterable[Cell], limit: int | None = None) -> 
             print(f"{cell}: {error}", flush=True)
             append(failed, {"cell": cell, "git": head(), "error": str(error)})
             continue
-        append(study.out / "cells.jsonl", record)
+        append(study.records, record)
         told = ", ".join(f"{name} {one['before']:.3f} > {one['after']:.3f}" for name, one in record["scores"].items())
         print(f"{cell}: {told}; {record['seconds']}", flush=True)
         gc.collect()
@@ -285,6 +299,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/real"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/real"))
     parser.add_argument("--limit", type=int, help="cells at most")
+    parser.add_argument("--instructions", action="store_true", help="score IFEval, which takes longer, of some cells")
     parser.add_argument("--tables", action="store_true", help="write the page from the records")
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -294,7 +309,8 @@ def main() -> None:
     elif given.data is None:
         parser.error("DATA is missing")
     else:
-        run_study(Study(given.data, given.models, given.work, given.out), schedule(), given.limit)
+        study = Study(given.data, given.models, given.work, given.out, instructions=given.instructions)
+        run_study(study, instructed() if given.instructions else schedule(), given.limit)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import keeptune
 from keeptune import atlas
 from keeptune.data import __file__ as data_module
+from keeptune.evaluation.standard.lm_eval_tasks import BY_SENTENCE
 from keeptune.model.pretrained import load_model, load_tokenizer
 from studies.cells import read_rows, write_rows
 
@@ -22,11 +23,12 @@ LONGEST = 30  # characters of an answer
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many items are scored (texts cut to ``tokens``), how many texts the base writes, and how many steps."""
+    """How many items are scored (texts cut to ``tokens``, answers to prompts to ``answer``) and texts written; steps."""
 
     items: int = 200
     facts: int = 250
     tokens: int = 64
+    answer: int = 256
     knowledge: int = 256
     held_out: int = 48
     steps: int = 100
@@ -42,12 +44,13 @@ def write_data(data: Path, folder: Path, sizes: Sizes) -> None:
     makers: dict[str, Callable[[], list[Row]]] = {
         "facts": lambda: fact_rows(data)[: sizes.facts],
         "web": lambda: web_rows(data)[: sizes.items],
+        "ifeval/prompts": lambda: prompt_rows(data)[: sizes.items],
         "calls-train": lambda: call_rows("train"),
         "calls-test": lambda: call_rows("test")[: sizes.items],
         "gsm8k-train": lambda: problems("train")[:2000],
         "gsm8k-test": lambda: problems("test")[: sizes.items],
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ifeval").mkdir(parents=True, exist_ok=True)
     for name, make in makers.items():
         write_rows(folder / f"{name}.jsonl", make())
 
@@ -79,6 +82,16 @@ def web_rows(data: Path) -> list[Row]:
     known = {row["text"][:60] for row in read_rows(GENERAL)}
     rows = read_rows(data / "c4_text" / "c4.jsonl")
     return [{"text": row["text"]} for row in rows if row["text"][:60] not in known]
+
+
+def prompt_rows(data: Path) -> list[Row]:
+    """IFEval's prompts whose rules need no data of nltk, in an order drawn once."""
+    rows = [
+        row
+        for row in read_rows(data / "ifeval" / "prompts.jsonl")
+        if not any(rule in BY_SENTENCE for rule in row["instruction_id_list"])
+    ]
+    return random.Random(0).sample(rows, len(rows))
 
 
 def call_rows(split: str) -> list[Row]:
@@ -155,3 +168,9 @@ def kept_benchmarks(data: Path, folder: Path, own: Path, sizes: Sizes) -> list[R
         chats = {"messages": "{messages}", **nats, "max_length": 2 * sizes.tokens}
         found.append({"name": "own-chats", "file": str(own / "own-chats.jsonl"), **chats})
     return found
+
+
+def instructions(folder: Path, sizes: Sizes) -> Row:
+    """IFEval: the share of prompts all of whose rules an answer follows, strict."""
+    asked = {"data": str(folder / "ifeval"), "batch_size": 32, "max_new_tokens": sizes.answer}
+    return {"name": "ifeval", "role": "knowledge", **asked}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -60,9 +60,10 @@ def write_page(out: Path) -> None:
     steps = max(row["recipe"]["train"]["max_steps"] for row in rows)
     parts = [_HEAD.format(cells=len(rows), seeds=f"seeds {seeds}", steps=steps)]
     for (model, task), some in groups(rows).items():
-        parts.append(
-            f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}{predicted(some)}"
-        )
+        parts.append(f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}")
+        parts.append(f"{over_seeds(some)}{predicted(some)}")
+    if (out / "ifeval.jsonl").is_file():
+        parts.append(followed(read_rows(out / "ifeval.jsonl"), rows))
     png(picture(rows), out / "real.png")
     write_bytes(out.with_suffix(".md"), "".join(parts).encode())
 
@@ -133,6 +134,54 @@ def table(rows: Sequence[Row]) -> str:
         numbers = [f"{scores[task]['after']:.3f}", *changes, f"{share:.1%} ± {half:.1%}", f"{kl:.4f}", time]
         lines.append(line(label(row), *numbers))
     return "\n".join(lines) + "\n"
+
+
+def over_seeds(rows: Sequence[Row]) -> str:
+    """The means of the entries that were run with several seeds, with the least and the most."""
+    entries: dict[str, list[Row]] = {}
+    for row in rows:
+        entries.setdefault(row["entry"], []).append(row)
+    several = [some for some in entries.values() if len(some) > 1]
+    if not several:
+        return ""
+
+    def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+        return f"{form(mean(values))} ({form(min(values))} to {form(max(values))})"
+
+    heads = ["", "seeds", "task", "C4, nats", "forgotten on average"]
+    lines = ["\nOver seeds, mean (least to most):\n", line(*heads), line("---", *["---:"] * (len(heads) - 1))]
+    for some in sorted(several, key=lambda own: mean(forgotten(row)[0] for row in own)):
+        web = [row["scores"]["web"] for row in some]
+        numbers = [
+            spread([abs(learned(row)) for row in some], "{:.3f}".format),
+            spread([score["after"] - score["before"] for score in web], "{:+.3f}".format),
+            spread([forgotten(row)[0] for row in some], "{:.1%}".format),
+        ]
+        lines.append(line(some[0]["entry"], str(len(some)), *numbers))
+    return "\n".join(lines) + "\n"
+
+
+def followed(scored: Sequence[Row], rows: Sequence[Row]) -> str:
+    """The rows of which IFEval was scored as well."""
+    first = scored[0]["scores"]["ifeval"]
+    about = f"{first['n']} prompts, none whose rules need data of nltk; answers of up to 256 tokens, one greedy each"
+    lines = [
+        f"\n## Instructions followed (IFEval, prompt level, strict)\n\n{about}. The base: {first['before']:.3f}.\n",
+        line("", "learned", "task", "IFEval", "to the base, points", "forgotten"),
+        line("---", "---", *["---:"] * 4),
+    ]
+    tasks = {cell_of(row): f"{abs(learned(row)):.3f}" for row in rows}
+    for row in sorted(scored, key=lambda row: (-len(row["task"]), -row["scores"]["ifeval"]["after"])):
+        score = row["scores"]["ifeval"]
+        share, half = lost(score)
+        numbers = [f"{score['after']:.3f}", difference(score), f"{share:.0%} ± {half:.0%}"]
+        lines.append(line(label(row), TASKS[row["task"]].partition(",")[0], tasks.get(cell_of(row), ""), *numbers))
+    return "\n".join(lines) + "\n"
+
+
+def cell_of(row: Row) -> tuple[str, ...]:
+    """What tells cells apart."""
+    return tuple(str(row[key]) for key in ("model", "task", "entry", "seed"))
 
 
 def kl_of(row: Row) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from tests.assets import DATA, STORIES
 
 from keeptune.core.artefact import read_json
+from keeptune.evaluation.standard.lm_eval_tasks import BY_SENTENCE
 from studies import real, real_tables
 from studies.cells import read_rows
-from studies.real_data import Sizes, call_rows, fact_rows
+from studies.real_data import Sizes, call_rows, fact_rows, prompt_rows
 
 ENTRIES = ("lora, 0.001", "lora scaled, 0.5", "kl generated, 1")
 LORA, SCALED, KL = (("stories260K", "gsm8k", name, 0) for name in ENTRIES)
@@ -21,7 +23,7 @@ LORA, SCALED, KL = (("stories260K", "gsm8k", name, 0) for name in ENTRIES)
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> real.Study:
     folder = tmp_path_factory.mktemp("study")
-    sizes = Sizes(items=2, facts=4, tokens=24, knowledge=6, held_out=6, steps=2)
+    sizes = Sizes(items=2, facts=4, tokens=24, knowledge=6, held_out=6, steps=2, answer=8)
     return real.Study(DATA, STORIES.parent, folder / "work", folder / "real", sizes)
 
 
@@ -46,6 +48,17 @@ def test_a_record_has_what_the_run_says(study: real.Study) -> None:
         assert (score["n"], score["before"], score["after"]) == (found["n"], found["before"], found["after"])
     assert whole["scores"]["own-texts"]["kl"] > part["scores"]["own-texts"]["kl"] > 0, "half of the change"
     assert whole["seconds"]["train"] > 0 and set(real_tables.KEPT) < set(whole["scores"])
+
+
+def test_instructions_are_scored_of_the_same_runs_with_records_of_their_own(study: real.Study) -> None:
+    real.run_study(study, [LORA, SCALED])
+    asked = replace(study, instructions=True)
+    trained = study.work / "runs" / Path(study.recipe(LORA)["output"]).name / "trained" / "train.json"
+    before, known = trained.stat().st_mtime_ns, (study.out / "cells.jsonl").read_bytes()
+    assert real.run_study(asked, [LORA, SCALED]) == 2 and real.run_study(asked, [LORA, SCALED]) == 0
+    assert [row["scores"]["ifeval"]["n"] for row in read_rows(asked.records)] == [2, 2]
+    assert trained.stat().st_mtime_ns == before and (study.out / "cells.jsonl").read_bytes() == known
+    assert not any(rule in BY_SENTENCE for row in prompt_rows(DATA) for rule in row["instruction_id_list"])
 
 
 def test_a_cell_that_fails_leaves_no_record_and_the_others_go_on(
@@ -92,7 +105,14 @@ def test_the_page_is_made_from_records(tmp_path: Path) -> None:
     out = tmp_path / "real"
     out.mkdir()
     (out / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    again = rows[1] | {"seed": 1, "scores": rows[1]["scores"] | {"web": rows[1]["scores"]["web"] | {"after": 3.1}}}
+    with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(again) + "\n")
+    asked = rows[0] | {"scores": {"ifeval": rows[0]["scores"]["labels"] | {"before": 0.4, "after": 0.3}}}
+    (out / "ifeval.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     real_tables.write_page(out)
     said = (tmp_path / "real.md").read_text(encoding="utf-8")
     assert "22.3%" in said and "-20.0 [-30.0, +10.0]" in said and "+0.500 [+0.000, +0.200]" in said
+    assert "| keep | 2 | 0.800 (0.800 to 0.800) | +0.050 (+0.000 to +0.100) |" in said
+    assert "| lora, 0.001 | labels of statements | 0.800 | 0.300 | -10.0 [-30.0, +10.0] | 25% ± 50% |" in said
     assert "These learned less: weak (0.500)." in said and (out / "real.png").stat().st_size > 10_000

@@ -30,7 +30,7 @@ _ROLLING = {
     "metadata": {"version": 1.0},
 }
 # Of IFEval's checks, those that split a text into sentences or words with nltk's data.
-_BY_SENTENCE = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+BY_SENTENCE = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 
 _Config = dict[str, Any]
 
@@ -83,7 +83,7 @@ def build_tasks(benchmark: NamedBenchmark, *, run: bool = True) -> Built:
             nltk.data.find("tokenizers/punkt_tab")
         except LookupError as error:
             rows = list(tasks[task].eval_docs)[: benchmark.examples]
-            needing = sum(any(check in _BY_SENTENCE for check in row["instruction_id_list"]) for row in rows)
+            needing = sum(any(check in BY_SENTENCE for check in row["instruction_id_list"]) for row in rows)
             if needing:
                 raise DataError(
                     benchmark.where,
