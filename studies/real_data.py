@@ -23,7 +23,7 @@ LONGEST = 30  # characters of an answer
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many items are scored (texts cut to ``tokens``, answers to prompts to ``answer``) and texts written; steps."""
+    """How many items are scored (texts cut to ``tokens``, answers to ``answer``) and texts written; steps."""
 
     items: int = 200
     facts: int = 250
