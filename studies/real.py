@@ -97,6 +97,8 @@ def entries() -> dict[str, Entry]:
     }
     for name in ("milora", "pissa", "dora", "l2-lora", "farss", "oplora"):
         found[name] = Entry(lora(name=name))
+    for boundary in (0, 4, 15):  # a quarter of the depth unless it is said: Fig. 5
+        found[f"farss, boundary {boundary}"] = Entry(lora(name="farss", boundary=boundary))
     for name in ("corda", "lalora"):
         found[name] = Entry(lora(name=name), knowledge=own)
     for variant in ("v1", "v2"):
