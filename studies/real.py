@@ -91,6 +91,7 @@ def entries() -> dict[str, Entry]:
         "loss stm": Entry(changes={"task": {"stm_threshold": 2.5}}),
         **{f"keep, {n:g}": Entry(keep(n), knowledge=own) for n in (0.0025, 0.005, 0.01, 0.02)},
         "keep, defaults": Entry({"name": "keep"}, knowledge=own),
+        "keep, one text": Entry({"name": "keep", "batch_size": 1}, knowledge=own),
         "keep general, 0.005": Entry(keep(0.005), knowledge="general"),
         "ewc-lora": Entry(changes={"penalties": [{"name": "ewc"}]}, knowledge=own),
         "loki": Entry({"name": "loki"}, knowledge=own),
