@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from keeptune.core.artefact import read_json, write_bytes, write_json
 from keeptune.pipeline.run import run
 from keeptune.recipe.schema import make_recipe
 
-__all__ = ["each", "kept", "products_in_float32", "read_rows", "run_once", "spread", "write_rows"]
+__all__ = ["each", "kept", "read_rows", "run_once", "spread", "write_rows"]
 
 T = TypeVar("T")
 
@@ -40,37 +36,6 @@ def each(function: Callable[..., T], *cells: Iterable[Any]) -> list[T]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(int(os.environ.get("WORKERS", "2")), mp_context=spawn, initializer=_one_thread) as pool:
         return list(pool.map(function, *cells))
-
-
-@contextlib.contextmanager
-def products_in_float32() -> Iterator[None]:
-    """Multiplies bfloat16 matrices in float32 and rounds what comes out where the processor has no such instruction.
-
-    Those that have it sum in float32 and round, too; without it the products take eight times as long. Frozen weights
-    are held in float32 meanwhile.
-    """
-    has = torch.cpu.get_capabilities()
-    if has.get("avx512_bf16") or has.get("bf16"):
-        yield
-        return
-    plain, floats = torch.nn.functional.linear, WeakIdKeyDictionary()
-
-    def wide(weight: Tensor) -> Tensor:
-        if weight.requires_grad:
-            return weight.float()
-        version, held = floats.get(weight, (-1, weight))
-        if version != weight._version:
-            held = weight.float()
-            floats[weight] = weight._version, held
-        return held
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not x.dtype == weight.dtype == torch.bfloat16:
-            return plain(x, weight, bias)
-        return plain(x.float(), wide(weight), None if bias is None else bias.float()).to(torch.bfloat16)
-
-    with mock.patch.object(torch.nn.functional, "linear", linear):
-        yield
 
 
 def _one_thread() -> None:

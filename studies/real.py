@@ -37,7 +37,7 @@ from keeptune.pipeline.scoring import evaluate_stage, result_fingerprint
 from keeptune.pipeline.training import train_stage
 from keeptune.posthoc.repair_files import Files, read_files
 from keeptune.recipe.schema import make_recipe
-from studies.cells import products_in_float32, read_rows
+from studies.cells import read_rows
 from studies.real_data import Row, Sizes, held_out_texts, instructions, kept_benchmarks, task_of, write_data
 from studies.real_tables import write_page
 
@@ -282,8 +282,7 @@ def run_study(study: Study, cells: Iterable[Cell], limit: int | None = None) -> 
         run += 1
         held_out_texts(study.models / cell[0], study.work / cell[0], study.work / "store", study.sizes)
         try:
-            with products_in_float32():
-                record = run_cell(study, cell)
+            record = run_cell(study, cell)
         except KeeptuneError as error:
             print(f"{cell}: {error}", flush=True)
             append(failed, {"cell": cell, "git": head(), "error": str(error)})

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.assets import DATA, STORIES
 
 from keeptune.core.artefact import read_json
 from keeptune.evaluation.standard.lm_eval_tasks import BY_SENTENCE
 from studies import real, real_tables
-from studies.cells import products_in_float32, read_rows
+from studies.cells import read_rows
 from studies.real_data import Sizes, call_rows, fact_rows, prompt_rows
 
 ENTRIES = ("lora, 0.001", "lora scaled, 0.5", "kl generated, 1")
@@ -98,20 +97,6 @@ def record(entry: str, task: float, facts: float, web: float) -> dict[str, Any]:
     scores |= {"labels": {**right, "before": 0.0, "after": task}, "own-texts": {"kl": 0.5}}
     about = {"v": 1, "model": "smollm2", "task": "labels", "entry": entry, "seed": 0}
     return {**about, "scores": scores, "seconds": {"plan": 1.0, "train": 10.0}, "recipe": {"train": {"max_steps": 100}}}
-
-
-def test_products_in_float32_are_those_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
-    layer = torch.nn.Linear(64, 8).bfloat16().requires_grad_(False)
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    plain = torch.nn.functional.linear
-    with products_in_float32():
-        for factor in (1.0, 2.0):  # a weight that changes is seen
-            layer.weight.mul_(factor)
-            wide = layer.weight.float()
-            assert torch.equal(layer(x), (x.float() @ wide.T + layer.bias.float()).bfloat16())
-            assert torch.equal(torch.autograd.grad(layer(x).sum(), x)[0][0], wide.sum(0).bfloat16())
-    assert torch.nn.functional.linear is plain
 
 
 def test_the_page_is_made_from_records(tmp_path: Path) -> None:
