@@ -24,6 +24,7 @@ TASKS = {
 }
 NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 NEAR = 0.02
+OWN = "the model's"  # dtype
 ENOUGH = 6  # rows for a correlation
 _HEAD = """# Real language models: what methods forget
 
@@ -44,7 +45,8 @@ per token, the share that a token's probability has lost; negative where a score
 benchmarks; ± is half of its interval, which takes the benchmarks as independent. *KL*: nats per token from the base to
 the tuned model on texts that the base wrote with another seed, the mean of plain texts and chats. *Plan*: its processor
 seconds (the base's texts were written before); *time*: those of training over the mean of LoRA's; a machine that others
-use made both vary. Mostly one seed, few hundred items: differences within the intervals are noise.
+use made both vary. ᶠ: computed in float32, on a processor without instructions for bfloat16, and compared with the base
+in float32; its time is over that of LoRA there. Mostly one seed, few hundred items: differences within the intervals are noise.
 
 ![What each row forgot on average](real/real.png)
 
@@ -77,8 +79,13 @@ def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def label(row: Row) -> str:
-    """The entry, and its seed where it is not the first."""
-    return row["entry"] + (f" (seed {row['seed']})" if row["seed"] else "")
+    """The entry, its seed where it is not the first, and a mark where it was computed in float32."""
+    return row["entry"] + (f" (seed {row['seed']})" if row["seed"] else "") + ("" if dtype(row) == OWN else " ᶠ")
+
+
+def dtype(row: Row) -> str:
+    """What a row was computed in."""
+    return row["recipe"].get("dtype", OWN)
 
 
 def is_nats(score: Row) -> bool:
@@ -122,12 +129,17 @@ def table(rows: Sequence[Row]) -> str:
     heads = [f"{name} ({own[key]['before']:.3f}, n {own[key]['n']})" for key, name in KEPT.items()]
     first = ["", f"task ({own[task]['before']:.3f}, n {own[task]['n']})", *heads, "forgotten on average", "KL"]
     lines = [line(*first, "plan, time"), line("---", *["---:"] * (len(first)))]
-    plain = [row["seconds"]["train"] for row in rows if is_lora(row) and "train" in row["seconds"]]
+    plain: dict[str, list[float]] = {}
+    for row in rows:
+        if is_lora(row) and "train" in row["seconds"]:
+            plain.setdefault(dtype(row), []).append(row["seconds"]["train"])
     for row in rows:
         share, half = forgotten(row)
         scores, seconds = row["scores"], row["seconds"]
         kl = kl_of(row)
-        time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain):.2f}" if plain and "train" in seconds else ""
+        time = ""
+        if "train" in seconds and dtype(row) in plain:
+            time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain[dtype(row)]):.2f}"
         if row["entry"].startswith(("lora scaled", "repair", "fapm")):
             time = f"+{seconds.get('repair', 0):.0f} s"
         changes = [difference(scores[name]) for name in KEPT]
