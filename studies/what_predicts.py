@@ -63,8 +63,8 @@ the cubic `l2` and `b-kfac` drifted ten times as far as other runs that lost as 
 than its KL says.
 
 **KL on the task's own data** is in every report (forward, per token of the right answers), since RL's Razor
-(arXiv 2509.04259) says that it predicts forgetting. On a [real model](real.md) it does so less well than the KL on texts
-that the base wrote itself: it compares settings of one way of training, not ways that keep with ways that do not."""
+(arXiv 2509.04259) says that it predicts forgetting. On a [real model](real.md) it does so less well than the KL on
+texts that the base wrote itself: it compares settings of one way of training, not ways that keep with ways that do not."""
 
 
 def main(roots: list[Path], docs: Path) -> None:
