@@ -64,7 +64,8 @@ than its KL says.
 
 **KL on the task's own data** is in every report (forward, per token of the right answers), since RL's Razor
 (arXiv 2509.04259) says that it predicts forgetting. On a [real model](real.md) it does so less well than the KL on
-texts that the base wrote itself: it compares settings of one way of training, not ways that keep with ways that do not."""
+texts that the base wrote itself: it compares settings of one way of training, not ways that keep with ways that do
+not."""
 
 
 def main(roots: list[Path], docs: Path) -> None:
