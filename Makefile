@@ -57,7 +57,8 @@ study: $(BIN)/.dev
 	$(BIN)/python studies/loki.py
 	$(BIN)/python studies/sequence.py
 	$(BIN)/python studies/models.py smollm2 && $(BIN)/python studies/models.py gemma3
-	$(BIN)/python -m studies.real $(DATA) && $(BIN)/python -m studies.real --tables
+	$(BIN)/python -m studies.real $(DATA) && $(BIN)/python -m studies.real $(DATA) --instructions
+	$(BIN)/python -m studies.real --tables
 
 # TRIES: of each attack; without it as many as studies/attack.py says.
 attack: $(BIN)/.dev
