@@ -92,5 +92,5 @@ def test_float32_is_enough_for_a_large_vocabulary() -> None:
     logits[0, 7] = 40.0  # certain
     signs = torch.rand(logits.shape, generator=draw) < 0.5
     found, wanted = probe(logits, signs).double(), probe(logits.double(), signs)
-    assert (found - wanted).norm(dim=1).max() < 2e-5  # next to a gradient of about 1
+    assert (found - wanted).norm(dim=1).max() < 5e-5  # next to a gradient of about 1
     assert found.sum(1).abs().max() < 1e-3

@@ -158,6 +158,9 @@ def test_a_checkpoint_that_is_dequantised_as_it_is_loaded_is_not_quantised() -> 
 
 def test_rows_that_bitsandbytes_misreads_are_refused_with_the_way_out(tmp_path: Path) -> None:
     narrow = save(MODELS["llama"](), tmp_path / "narrow")
+    if not torch.cpu.get_capabilities().get("avx512_f"):  # bitsandbytes' other code reads them rightly
+        assert is_quantised(narrow.load(quantization=NF4))
+        return
     with pytest.raises(ModelError, match=r"32 inputs in four bits.*misreads on the cpu.*multiple of 64"):
         narrow.load(quantization=NF4)
     skipped = ["lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
