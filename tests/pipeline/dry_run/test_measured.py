@@ -14,9 +14,9 @@ from keeptune.cli.dry_run import describe_file
 
 
 @pytest.mark.real
-def test_a_run_takes_the_memory_that_is_said(smollm2: Path, tmp_path: Path) -> None:
+def test_a_run_takes_the_memory_that_is_said(smollm2_short: Path, tmp_path: Path) -> None:
     recipe = {
-        "model": str(smollm2),
+        "model": str(smollm2_short),
         "method": {"name": "lora", "rank": 8},
         "task": {
             "train": str(DATA / "gsm8k" / "train.jsonl"),
