@@ -44,10 +44,10 @@ base, of accuracies in points, with its 95% interval over items, paired.
 per token, the share that a token's probability has lost; negative where a score rose. *On average*: over the four kept
 benchmarks; ± is half of its interval, which takes the benchmarks as independent. *KL*: nats per token from the base to
 the tuned model on texts that the base wrote with another seed, the mean of plain texts and chats. *Plan*: its processor
-seconds (the base's texts were written before); *time*: those of training over the mean of LoRA's; a machine that others
-use made both vary. ᶠ: computed in float32, on a processor without instructions for bfloat16, and compared with the base
-in float32; its time is over that of LoRA there. Mostly one seed, few hundred items: differences within the intervals
-are noise.
+seconds (the base's texts were written before, or then where it took hundreds); *time*: those of training over
+the mean of LoRA's; a machine that others use made both vary. ᶠ: computed in float32, on a processor without
+instructions for bfloat16, and compared with the base in float32; its time is over that of LoRA there. Mostly one seed,
+few hundred items: differences within the intervals are noise.
 
 ![What each row forgot on average](real/real.png)
 
