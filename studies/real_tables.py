@@ -228,9 +228,10 @@ def difference(score: Row) -> str:
 
 def matched(rows: Sequence[Row]) -> str:
     """What learned as much as LoRA at its best rate, nearly, beside its loss; and what learned less."""
-    if not any(is_lora(row) for row in rows):
+    plain = [row for row in rows if is_lora(row) and not row["seed"]]
+    if not plain:
         return ""
-    best = max((row for row in rows if is_lora(row)), key=learned)
+    best = max(plain, key=learned)
     near = [row for row in rows if learned(row) >= learned(best) - NEAR]
     lines = [
         f"\nAt the task score of LoRA's best rate ({best['entry']}), at most {NEAR} below it; losses over LoRA's, where"
