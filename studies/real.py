@@ -38,18 +38,13 @@ from keeptune.pipeline.training import train_stage
 from keeptune.posthoc.repair_files import Files, read_files
 from keeptune.recipe.schema import make_recipe
 from studies.cells import read_rows
+from studies.models import has_bfloat16
 from studies.real_data import Row, Sizes, held_out_texts, instructions, kept_benchmarks, task_of, write_data
-from studies.real_tables import write_page
+from studies.real_tables import cell_of, write_page
 
 VERSION = 2  # of what a cell does: raise it with every change of that, and all cells are run anew
 RATE = 1e-3
 Cell = tuple[str, str, str, int]  # model, task, entry, seed
-
-
-def precision() -> Row:
-    """What a recipe says of the dtype: float32 where the processor has no bfloat16, an eighth of the time there."""
-    has = torch.cpu.get_capabilities()
-    return {} if has.get("avx512_bf16") or has.get("bf16") else {"dtype": "float32"}
 
 
 def lora(rank: int = 8, name: str = "lora", **options: Any) -> Row:
@@ -160,7 +155,7 @@ class Study:
     def done(self) -> set[Cell]:
         """The cells that have a record of this version."""
         rows = [row for row in read_rows(self.records) if row["v"] == VERSION] if self.records.is_file() else []
-        return {(row["model"], row["task"], row["entry"], row["seed"]) for row in rows}
+        return {*map(cell_of, rows)}
 
     def recipe(self, cell: Cell) -> Row:
         """The recipe of a cell, or of the one that it starts from."""
@@ -176,7 +171,7 @@ class Study:
         train = {"learning_rate": entry.rate, "max_steps": round(sizes.steps * entry.steps), "max_length": 160}
         return {
             "model": str(self.models / model),
-            **precision(),
+            **({} if has_bfloat16() else {"dtype": "float32"}),
             "method": entry.method,
             **(written if entry.knowledge else {}),
             "task": section | changes.pop("task", {}),

@@ -192,9 +192,9 @@ def followed(scored: Sequence[Row], rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cell_of(row: Row) -> tuple[str, ...]:
-    """What tells cells apart."""
-    return tuple(str(row[key]) for key in ("model", "task", "entry", "seed"))
+def cell_of(row: Row) -> tuple[str, str, str, int]:
+    """What tells cells apart: model, task, entry, seed."""
+    return row["model"], row["task"], row["entry"], row["seed"]
 
 
 def kl_of(row: Row) -> float:

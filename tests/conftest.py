@@ -100,10 +100,12 @@ def smollm2_short(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    fast = torch.cpu.get_capabilities().get("avx512_bf16")
+    from studies.models import has_bfloat16
+
+    dtype = "auto" if has_bfloat16() else torch.float32
     folder = tmp_path_factory.mktemp("smollm2-short")
     config = AutoConfig.from_pretrained(smollm2, num_hidden_layers=4)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype="auto" if fast else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype=dtype)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
     return folder
