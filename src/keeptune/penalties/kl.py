@@ -228,27 +228,31 @@ class Kl(Penalty):
         if not weight:
             tensors[_WAIT].sub_(1).clamp_(min=0)
             return {}
-        logs, steps = {"kl_to_base": values[""] / weight}, int(tensors[_GAP])
+        logs = {"kl_to_base": values[""] / weight}
+        if self.budget is not None:
+            logs |= self._controlled(tensors, values, logs["kl_to_base"], self.budget)
         tensors[_BATCH].add_(1)
-        tensors[_WAIT].copy_(tensors[_EVERY] - 1)
-        if self.budget is None:
-            return logs
-        logs["kl_budget"] = tensors[_PRESSURE].new_tensor(self.budget)
-        logs["multiplier"] = tensors[_PRESSURE][0].exp()
-        trained = (values[""] / weight).to(tensors[_LAST])
+        tensors[_WAIT].copy_(tensors[_GAP] - 1)
+        return logs
+
+    def _controlled(
+        self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], measured: Tensor, budget: float
+    ) -> dict[str, Tensor]:
+        """Takes the controller's step of (3), and returns what is logged of it."""
+        logs = {"kl_budget": tensors[_PRESSURE].new_tensor(budget), "multiplier": tensors[_PRESSURE][0].exp()}
+        trained = measured.to(tensors[_LAST])
         tensors[_LAST].lerp_(trained.expand(1), _QUICK)
         ratio = 1.0
         if "held_out" in values:
             logs["kl_held_out"] = held = values["held_out"]
             first = not float(tensors[_TRAINED])
-            for name, measured in ((_TRAINED, trained), (_HELD, held)):
-                tensors[name].lerp_(measured.to(trained).expand(1), 1.0 if first else _SLOW)
+            for name, value in ((_TRAINED, trained), (_HELD, held)):
+                tensors[name].lerp_(value.to(trained).expand(1), 1.0 if first else _SLOW)
             ratio = float(tensors[_HELD] / tensors[_TRAINED].clamp_min(torch.finfo(torch.float64).tiny))
-        c = excess(tensors[_LAST] * ratio, self.budget)
-        tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, steps))
+        c = excess(tensors[_LAST] * ratio, budget)
+        tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, int(tensors[_GAP])))
         tensors[_PRESSURE].copy_(tensors[_MULTIPLIER] + GAIN * c)
         tensors[_GAP].copy_(tensors[_EVERY] if c <= 0 else torch.ones_like(c))
-        tensors[_WAIT].copy_(tensors[_GAP] - 1)
         return logs
 
     def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
