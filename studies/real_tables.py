@@ -14,6 +14,7 @@ from keeptune.core.artefact import write_bytes
 from keeptune.core.bootstrap import paired_interval
 from studies.cells import read_rows
 from studies.drawing import MUTED, Figure, finish, frame, look, page, png, themed
+from studies.real_data import Sizes
 
 Row = Mapping[str, Any]
 KEPT = {"arc_easy": "ARC-Easy", "openbookqa": "OpenBookQA", "facts": "facts", "web": "C4, nats"}
@@ -177,7 +178,7 @@ def over_seeds(rows: Sequence[Row]) -> str:
 def followed(scored: Sequence[Row], rows: Sequence[Row]) -> str:
     """The rows of which IFEval was scored as well."""
     first = scored[0]["scores"]["ifeval"]
-    about = f"{first['n']} prompts, none whose rules need data of nltk; answers of up to 256 tokens, one greedy each"
+    about = f"{first['n']} prompts, none whose rules need data of nltk; answers of up to {Sizes.answer} tokens, greedy"
     lines = [
         f"\n## Instructions followed (IFEval, prompt level, strict)\n\n{about}. The base: {first['before']:.3f}.\n",
         line("", "learned", "task", "IFEval", "to the base, points", "forgotten"),
