@@ -93,11 +93,12 @@ def test_two_models_by_the_other_reading(stories: Path, tmp_path: Path, capsys: 
     assert len(record["models"][0]["heat"][0]) == len(record["example"]["prompt"])
 
 
-def test_a_line_end_is_typed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_jsonl(tmp_path / "q.jsonl", [{"q": "What is the opposite of up?", "a": "down"}])
-    templates = ("--prompt", r"{q}\nAnswer:", "--completion", " {a}")
-    words = ("trace", "atlas", "--data", data, *templates, "--store", tmp_path / "store", "--output", tmp_path / "t")
-    assert keeptune(*words, capsys=capsys).code == 0
+def test_atlas_has_data_of_its_own_and_a_line_end_is_typed_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    templates = ("--prompt", r"{question}\nAnswer:", "--completion", " {answer}", "--examples", "1")
+    words = ("--data", "atlas:facts.jsonl", *templates, "--store", tmp_path / "store", "--output", tmp_path / "t")
+    assert keeptune("trace", "atlas", *words, capsys=capsys).code == 0
     record = read_json(tmp_path / "t" / "trace.json")
     assert "".join(record["example"]["prompt"]).endswith("?\nAnswer:")
     assert record["models"][0]["AIE_error"] == [None] * 4

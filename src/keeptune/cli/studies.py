@@ -115,7 +115,7 @@ def overlap(
 
 def trace(
     model: Annotated[str, typer.Argument(help="atlas, a folder or a hub id.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Examples, a JSONL file.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Examples: a JSONL file, or atlas:facts.jsonl.", show_default=False)],
     prompt: Annotated[str, typer.Option(help='Template, such as "{question}\\nAnswer:".', show_default=False)],
     completion: Annotated[str, typer.Option(help='Template of the answer, such as " {answer}".', show_default=False)],
     adapter: Annotated[

@@ -46,7 +46,7 @@ class BlockwiseRunner(Runner):
     """Passes all batches through a block, then through the next, and back in the same way, with the Runner's numbers.
 
     Weights come from where the model has them: its files (``load_offloaded``), or the CPU. Inputs of blocks are kept on
-    the CPU or on disk (:class:`Shelf`). A pass forth reads the weights once, a pass back twice. Without a place blocks
+    the CPU or on disk (:class:`Shelf`). A forward pass reads the weights once, a backward pass twice. Without a place blocks
     run where the model runs.
     """
 
@@ -154,7 +154,7 @@ class _Walk:
                 self.bar.update()
 
     def forth(self, index: int, watch: _Watch | None = None) -> None:
-        """Runs a block on all batches; its inputs are kept where no rows are watched, for the way back."""
+        """Runs a block on all batches; its inputs are kept where no rows are watched, for the backward pass."""
         with aligned(self.blocks[index].modules(), self.device):
             for number in range(len(self.batches)):
                 hidden = self.shelf.get(f"{number}-{index}", self.device)

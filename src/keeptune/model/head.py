@@ -120,7 +120,7 @@ class Loss:
         labels: ``"true"`` takes the data's tokens (the empirical Fisher), ``"sampled"`` draws them from the model (the
             Fisher), ``"probe"`` takes (2) (the Fisher, with less noise).
         seed: Seed of draws; each text has a stream of its own, whatever batch it is in.
-        probes: How many draws, each a pass back over the one pass forth; statistics are their mean.
+        probes: How many draws, each a backward pass, on one forward pass; statistics are their mean.
     """
 
     labels: Labels

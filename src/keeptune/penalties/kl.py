@@ -13,7 +13,7 @@ training do. The verdict at the end is the KL on all that are held out.
 While a budget is overdrawn a batch comes at every step: where gradients are clipped, as by default, one at every k-th
 step has a k-th of the say at most, however high p is, and the budget would stay overdrawn.
 
-What is chosen adds a quarter to a step, by tokens: a pass back counts as two, so that a text of knowledge takes 4.5
+What is chosen adds a quarter to a step, by tokens: a backward pass counts as two, so that a text of knowledge takes 4.5
 passes (with a check of held-out ones) and one of the task 3. Batches have 128 to 512 tokens; where the least are too
 many, they come at every k-th step, 8 at most.
 

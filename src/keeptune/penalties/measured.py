@@ -18,7 +18,7 @@ class Draws(Options):
     Args:
         labels: What gradients are taken of: ``"probe"`` and ``"sampled"`` are the Fisher, by random signs or by labels
             drawn from the model itself, which is noisier; ``"true"`` takes the data's tokens (the empirical Fisher).
-        probes: How many draws of signs or labels are averaged, each a pass back over one pass forth.
+        probes: How many draws of signs or labels are averaged, each costs a backward pass; the forward pass is shared.
         label_seed: Seed of the draws.
     """
 

@@ -30,7 +30,7 @@ from keeptune.model.pretrained import LoadOptions, load_model, load_positions, l
 from keeptune.model.probes.causal_tracing import Noise, Reading, Traced, embedding_std
 from keeptune.pipeline.machine import check_device, check_folder, device_named, statistics_store
 from keeptune.pipeline.trained_changes import TrainedModel
-from keeptune.recipe.paths import resolve_model
+from keeptune.recipe.paths import resolve_file, resolve_model
 from keeptune.statistics.layer_effect import (
     LayerEffect,
     Norm,
@@ -150,7 +150,7 @@ class TraceOptions:
 
     Args:
         model: ``atlas``, a folder or a hub id.
-        data: A JSONL file, of which the first ``examples`` rows are used.
+        data: A JSONL file, or one of ``atlas:``, of which the first ``examples`` rows are used.
         prompt: Template of the prompt.
         completion: Template of the answer.
         adapter: An adapter of the model, a run's folder, or another model.
@@ -160,7 +160,7 @@ class TraceOptions:
     """
 
     model: str
-    data: Path
+    data: Path | str
     prompt: str
     completion: str
     output: Path
@@ -234,7 +234,7 @@ def _numbers(values: Tensor) -> list[float | None]:
 
 
 def _data(options: TraceOptions, name: str, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    rows = read_jsonl(options.data, where="--data")[: options.examples]
+    rows = read_jsonl(resolve_file(str(options.data)), where="--data")[: options.examples]
     known = knowledge_set(rows, where="--data", prompt=options.prompt, completion=options.completion)
     empty = next((number for number, text in enumerate(known.prompts or (), start=1) if not text.strip()), None)
     if empty is not None:

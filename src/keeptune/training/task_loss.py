@@ -106,7 +106,7 @@ class _Tokens:
         return hidden
 
     def _of_states(self, log_probs: Tensor, now: Tensor, start: Tensor, labels: Tensor) -> Tensor:
-        """Computes l_t, some tokens at a time; distributions are not kept, but computed again on the way back."""
+        """Computes l_t, some tokens at a time; distributions are not kept, but computed again in the backward pass."""
         size = max(1, AT_ONCE // self._inner.get_output_embeddings().weight.shape[0])
         if not self._checked and len(labels):
             self._check(now[:size].detach(), labels[:size, None], log_probs[:size].detach())
