@@ -46,8 +46,8 @@ class BlockwiseRunner(Runner):
     """Passes all batches through a block, then through the next, and back in the same way, with the Runner's numbers.
 
     Weights come from where the model has them: its files (``load_offloaded``), or the CPU. Inputs of blocks are kept on
-    the CPU or on disk (:class:`Shelf`). A forward pass reads the weights once, a backward pass twice. Without a place blocks
-    run where the model runs.
+    the CPU or on disk (:class:`Shelf`). A forward pass reads the weights once, a backward pass twice. Without a place
+    blocks run where the model runs.
     """
 
     place: torch.device | None = None

@@ -18,9 +18,9 @@ scaled.
 Only what a scaled output can change is run again. The output of a down-projection at the last token changes the last
 token's stream only. So for ``last``, one clean run keeps keys and values; then each (block, point of its path) is one
 token that enters its block beside those of the blocks below, sees the kept keys and values as a prefix and its own as
-the rest, and one backward pass serves all blocks. For ``all``, a block's scaled outputs change what all tokens see above it:
-the text is run again from the block's kept input, without a graph, for its keys and values; the last token's stream,
-which is all that the gradient passes through, then runs with a graph.
+the rest, and one backward pass serves all blocks. For ``all``, a block's scaled outputs change what all tokens see
+above it: the text is run again from the block's kept input, without a graph, for its keys and values; the last token's
+stream, which is all that the gradient passes through, then runs with a graph.
 """
 
 from collections.abc import Iterator, Sequence
