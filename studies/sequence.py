@@ -7,6 +7,7 @@ Killed and started again, it goes on. The recipe is recipes/atlas-sequence.yaml;
 from __future__ import annotations
 
 import logging
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": LORA},
     "LoRA + replay": {"method": LORA, "replay": 0.3},
     "keep": {"method": KEEP},
+    "keep, 0.1 nats": {"method": KEEP | {"nats": 0.1}},
 }
 MEASURES = {
     "average_accuracy": "average accuracy",
@@ -37,7 +39,8 @@ _HEAD = """# Three tasks one after the other on atlas: all figures
 Made by `python studies/sequence.py` (in `make study`); [sequence.md](../guides/sequence.md) says what they mean. The
 recipe is [atlas-sequence.yaml](../../recipes/atlas-sequence.yaml): rank 8 at every target, 120 steps of 32 examples
 in each stage, a peak rate of 4e-3. Scores and measures in per cent{spread}. Replay: 30% of the training examples are
-knowledge, drawn from 256 facts and 128 examples of each stage before. keep: its default budget on the same data.
+knowledge, drawn from 256 facts and 128 examples of each stage before. keep: its default budget on the same data, and
+ten times that.
 """
 
 
@@ -47,9 +50,9 @@ def main(output: Path, docs: Path, seeds: Sequence[int]) -> None:
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in seeds:
         for way, options in WAYS.items():
-            folder = output / f"{way.replace(' + ', '-').lower()}-seed{seed}"
+            folder = output / f"{'-'.join(re.findall('[a-z0-9.]+', way.lower()))}-seed{seed}"
             own = {"output": str(folder), "store": str(output / "store"), "train.seed": seed}
-            found[way].append(run_sequence(load_sequence(RECIPE, options | own)))
+            found[way].append(run_sequence(load_sequence(RECIPE, {"replay": 0.0} | options | own)))
             print(way, seed, {key: found[way][-1][key] for key in MEASURES}, flush=True)
     write_bytes(docs / "results" / "sequence-tables.md", page(found, seeds).encode())
 
