@@ -16,6 +16,7 @@ from keeptune.core.artefact import read_json
 from keeptune.core.errors import KeeptuneError
 from keeptune.pipeline.dry_run.describe import describe
 from keeptune.pipeline.run import run
+from studies.models import has_bfloat16
 
 Make = Callable[..., dict[str, Any]]
 TRAIN = {"learning_rate": 5e-3, "max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 1}
@@ -111,7 +112,7 @@ def test_wrong_recipes_are_refused(make: Make, changes: dict[str, Any], message:
 
 @pytest.mark.real
 def test_smollm2_learns_what_is_preferred(smollm2_short: Path, make: Make, tmp_path: Path) -> None:
-    """Messages through the chat template, in bfloat16 on a twin: rewards of unseen pairs rise in two steps."""
+    """Messages through the chat template, on a twin: rewards of unseen pairs rise in two steps."""
     pairs = [
         {
             "prompt": f"What can I see in {city}?",
@@ -123,7 +124,8 @@ def test_smollm2_learns_what_is_preferred(smollm2_short: Path, make: Make, tmp_p
     write_jsonl(tmp_path / "pairs.jsonl", pairs[:8])
     write_jsonl(tmp_path / "test.jsonl", pairs[8:])
     train = TRAIN | {"max_steps": 2, "learning_rate": 5e-3, "save_strategy": "no"}
-    given = make(model=str(smollm2_short), dtype="bfloat16", layers=[0], knowledge=None, train=train)
+    dtype = "bfloat16" if has_bfloat16() else "float32"
+    given = make(model=str(smollm2_short), dtype=dtype, layers=[0], knowledge=None, train=train)
     run(recipe_of(given | {"evaluate": given["evaluate"][:1]}))
     loss = read_json(tmp_path / "out" / "trained" / "train.json")["loss"]
     assert loss[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
