@@ -395,7 +395,7 @@ def test_merge_writes_a_model_with_the_logits_of_adapter_on_base(
 ) -> None:
     made = trained(architecture)
     made.export(tmp_path / "adapter", format=format)
-    gap = merge(tmp_path / "adapter", tmp_path / "merged", base=str(made.saved.folder), load=loading(made.saved))
+    gap = merge(tmp_path / "adapter", tmp_path / "merged", base=str(made.saved.folder), load=loading(made.saved)).gap
     merged = load_model(str(tmp_path / "merged"), LoadOptions(head=made.saved.head))
     assert off_by(logits(merged, tokens(9)), logits(made.model, tokens(9))) < 1e-5
     probe = random_probe(made.model)

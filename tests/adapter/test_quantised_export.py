@@ -99,7 +99,7 @@ def test_keeptune_merge_puts_an_adapter_into_the_original(trained: Trained, tmp_
     for folder in (tmp_path / "adapter").glob("*.json"):
         assert "/" not in folder.name
     save_tokenizer(saved)
-    gap = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    gap = merge_adapter(tmp_path / "adapter", tmp_path / "merged").gap
     merged = load_model(str(tmp_path / "merged"))
     wanted = logits(load_adapter(saved.load(), tmp_path / "adapter"), tokens(4))
     assert off_by(logits(merged, tokens(4)), wanted) < 0.05 and gap < 1

@@ -103,7 +103,7 @@ def test_peft_merges_weight_by_weight_what_it_merges_as_a_whole(architecture: st
     wrapped.save_pretrained(tmp_path / "adapter")
     assert is_streamed(tmp_path / "adapter")
     load = partial(load_floats, options=LoadOptions())
-    gap = merge(tmp_path / "adapter", tmp_path / "merged", base=str(saved.folder), load=load)
+    gap = merge(tmp_path / "adapter", tmp_path / "merged", base=str(saved.folder), load=load).gap
     whole = load_adapter(saved.load(), tmp_path / "adapter").merge_and_unload()
     whole.save_pretrained(tmp_path / "whole")
     assert same(weights_of(tmp_path / "merged"), weights_of(tmp_path / "whole"))

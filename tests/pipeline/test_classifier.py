@@ -271,7 +271,7 @@ def test_an_adapter_is_checked_against_encoder_and_labels(make: Make, data: Path
 def test_an_adapter_is_merged_with_its_head(make: Make, tmp_path: Path) -> None:
     given = make()
     run(recipe_of(given))
-    assert merge_adapter(tmp_path / "out" / "adapter", tmp_path / "merged") < 1e-5
+    assert merge_adapter(tmp_path / "out" / "adapter", tmp_path / "merged").gap < 1e-5
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     labels = read_json(tmp_path / "out" / "adapter" / "keeptune.json")["labels"]
     assert list(merged.config.id2label.values()) == labels

@@ -49,8 +49,8 @@ def merge(
     load: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None = None,
     ends: Collection[int | None] = (),
-) -> float:
-    """Merges any LoRA adapter that PEFT loads into a fresh base, writes the whole model, and returns the gap in logits.
+) -> Gap:
+    """Merges any LoRA adapter that PEFT loads into a fresh base, writes the whole model, and returns its gap in logits.
 
     The model is loaded again and checked against the adapter on its base, as an export is.
 
@@ -87,9 +87,9 @@ def merge(
         gap.refuse_above(bound, f"merge to {folder}", "the adapter on its base", advice)
         if tokenizer is not None:
             write_tokenizer(tokenizer, product, fresh, ends)
-        write_json(fresh / SIDECAR, {"base": base, "gap": gap.gap})
+        write_json(fresh / SIDECAR, {"base": base, "gap": gap.gap, "relative_gap": gap.relative})
         seal(fresh, {"format": "merged"})
-    return gap.gap
+    return gap
 
 
 def merged_by_peft(wrapped: PeftModel, folder: Path) -> PreTrainedModel:

@@ -54,8 +54,8 @@ def merge(
             next_step="Join several adapters into one with --weights 0.7,0.3 --output FOLDER.",
         )
     gap = merge_adapter(Path(adapters[0]), folder, base=base, dtype=dtype, original=original)
-    echo(f"merged model in {folder}; largest difference in logits {gap:.1e}")
-    return {"folder": str(folder), "gap": gap}
+    echo(f"merged model in {folder}; largest difference in logits {gap.gap:.1e}, {gap.relative:.1e} relative")
+    return {"folder": str(folder), "gap": gap.gap, "relative_gap": gap.relative}
 
 
 def push(

@@ -7,6 +7,7 @@ from typing import cast, get_args
 
 from keeptune.adapter.load import SIDECAR, check_base
 from keeptune.adapter.merging import is_streamed, merge
+from keeptune.adapter.probe import Gap
 from keeptune.core.errors import ModelError, need_known
 from keeptune.data.chat_template import turn_ends
 from keeptune.model.head import body_fingerprint
@@ -18,7 +19,7 @@ from keeptune.pipeline.trained_changes import TrainedModel
 
 def merge_adapter(
     adapter: Path, output: Path, *, base: str | None = None, dtype: str = "auto", original: str | None = None
-) -> float:
+) -> Gap:
     """Merges an adapter into its base and writes the whole model, with its tokenizer.
 
     One that was trained on a quantised base is merged into the original weights, never into those of four bits.
@@ -32,7 +33,7 @@ def merge_adapter(
         dtype: Of the merged model, ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
-        The largest difference in logits between adapter on base and merged model.
+        The gap in logits between adapter on base and merged model.
 
     Raises:
         ModelError: The folder is not an adapter, or is one for another base; or its base is stored quantised and the
