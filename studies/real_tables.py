@@ -235,8 +235,8 @@ def matched(rows: Sequence[Row]) -> str:
     best = max(plain, key=lambda row: (learned(row), -float(row["entry"].partition(", ")[2])))
     near = [row for row in rows if learned(row) >= learned(best) - NEAR]
     lines = [
-        f"\nAt the task score of LoRA's best rate ({best['entry']}; of equal ones the lowest), at most {NEAR} below it; losses"
-        " over LoRA's, where LoRA's is more than noise, ± what the row's own interval makes of it:\n",
+        f"\nAt the task score of LoRA's best rate ({best['entry']}; of equal ones the lowest), at most {NEAR} below it;"
+        " losses over LoRA's, where LoRA's is more than noise, ± what the row's own interval makes of it:\n",
         line("", "task, less LoRA's", "on average", *KEPT.values()),
         line("---", *["---:"] * (len(KEPT) + 2)),
     ]
