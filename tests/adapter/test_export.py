@@ -121,9 +121,10 @@ def test_a_change_is_that_of_dense_algebra(
 ) -> None:
     made = trained(architecture, anchor=anchor, anchored=anchored)
     now = trained_factors(made.model, made.plan)
-    for name, found in change_of(made.model, made.plan).weights.items():
+    changes = change_of(made.model, made.plan).weights
+    for name, found in changes.items():
         assert relative(found.dense(), change(made.plan[name], now[name].B, now[name].A)) < 1e-5
-    assert list(now) == [t.target.name for t in made.plan.targets]
+    assert list(now) == list(changes) == [t.target.name for t in made.plan.targets]
 
 
 @every_model

@@ -96,8 +96,6 @@ def test_a_cut_change_is_held_against_itself_on_the_quantised_base(trained: Trai
 def test_keeptune_merge_puts_an_adapter_into_the_original(trained: Trained, tmp_path: Path) -> None:
     model, plan, saved, base = trained
     export(model, plan, tmp_path / "adapter", base=base)
-    for folder in (tmp_path / "adapter").glob("*.json"):
-        assert "/" not in folder.name
     save_tokenizer(saved)
     gap = merge_adapter(tmp_path / "adapter", tmp_path / "merged").gap
     merged = load_model(str(tmp_path / "merged"))

@@ -79,6 +79,7 @@ def test_each_new_fact_has_one_answer_and_is_tested_in_a_wording_that_was_not_tr
     assert all(len(found) == 1 for found in answers.values())
     taught = {(row["subject"], row["relation"]) for row in rows("ships.train")}
     assert taught == {(row["subject"], row["relation"]) for row in rows("ships.test")} == set(answers)
+    assert not {row["question"] for row in rows("ships.train")} & {row["question"] for row in rows("ships.test")}
     wordings = {row["question"].replace(row["subject"], "S") for row in rows("ships.train")}
     assert wordings == {row["question"].replace(row["subject"], "S") for row in rows("ships.test")}
 

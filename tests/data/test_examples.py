@@ -25,8 +25,11 @@ rows = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_siz
 def test_each_example_is_kept_or_lost_for_one_reason(made: list[TokenRow], length: int, truncate: str) -> None:
     try:
         kept, lost = fit(made, length, truncate, where="x")  # type: ignore[arg-type]
-    except DataError:
-        kept, lost = [], {"all": list(range(len(made)))}
+    except DataError:  # only where each of them alone is refused too
+        for row in made:
+            with pytest.raises(DataError):
+                fit([row], length, truncate, where="x")  # type: ignore[arg-type]
+        return
     left = sum(len(numbers) for reason, numbers in lost.items() if not reason.startswith("cut"))
     assert len(kept) + left == len(made)
     for row in kept:

@@ -38,12 +38,12 @@ def test_the_task_keeps_its_order_and_knowledge_is_spread() -> None:
 
 
 def test_pairs_stay_pairs_and_sets_give_in_proportion() -> None:
-    mixed = with_replay(TASK, [TEXTS, PAIRS], 0.5, seed=3)
-    assert len(mixed) == 76
+    mixed = with_replay(TASK, [TEXTS, PAIRS], 0.3, seed=3)
+    assert len(mixed) == 54
     known = [text for text in mixed.read_texts if not text.startswith("q")]
-    assert len(set(known)) == len(known) == 38
+    assert len(set(known)) == len(known) == 16
     assert set(known) <= {*TEXTS.read_texts, *PAIRS.read_texts}
-    assert 10 < sum(text.startswith("read") for text in known) < 28
+    assert 4 < sum(text.startswith("read") for text in known) < 12  # of 16, with 20 of each kind to draw from
 
 
 @pytest.mark.parametrize("knowledge", [TEXTS, PAIRS], ids=["texts", "pairs"])

@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_the_old_records(tmp_path: Path, monkeypatch: pytest.
     before = (tmp_path / "runs.json").read_bytes()
     monkeypatch.setattr("keeptune.core.artefact.os.fsync", full_disk)
     with pytest.raises(ArtefactError, match="No space"):
-        write_records(tmp_path, rows, SECTION)
+        write_records(tmp_path, rows, SECTION, about={"base": "another"})
     assert (tmp_path / "runs.json").read_bytes() == before
     assert not list(tmp_path.glob(".runs*"))
 

@@ -24,7 +24,7 @@ def test_the_recipe_loads_and_holds_the_published_rows(monkeypatch: pytest.Monke
     for method, score, nats in (("LoRA, r 32", 47.8, 0.050), ("OSF, r 128", 42.7, 0.017), ("MiCA, r 32", 43.1, 0.079)):
         assert found[method] == (pytest.approx(score, abs=0.05), pytest.approx(nats, abs=6e-4))
     assert found["full, rate 1e-5"] == (pytest.approx(47.2, abs=0.05), pytest.approx(0.030, abs=5e-4))
-    assert loaded is not None
+    assert {entry.label for entry in loaded.entries} == {row["label"] for row in rows if "label" in row}
 
 
 @pytest.mark.parametrize(

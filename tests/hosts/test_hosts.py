@@ -76,7 +76,8 @@ def test_axolotls_plugin_trains_under_a_budget_and_exports(
     )
     trainer.train()
     rows = trainer.state.log_history
-    assert [row["kl_budget"] for row in rows if "loss" in row] == [0.01, 0.01] and rows[-1]["held_out/kl"] >= 0
+    assert [row["kl_budget"] for row in rows if "loss" in row] == [0.01, 0.01]
+    assert rows[1]["penalty_grad_norm"] > 0 and 0 < rows[-1]["held_out/kl"] < 0.02
     for name in ("adapter/adapter_model.safetensors", "report.html"):
         assert (tmp_path / "out/keeptune" / name).is_file()
 

@@ -121,7 +121,7 @@ def test_an_endless_loop_is_stopped_by_its_processor_time(box: Sandbox) -> None:
 def test_a_sleeper_is_stopped_by_the_clock(box: Sandbox) -> None:
     started = time.monotonic()
     assert Sandbox(box.prefix, wall=1.0).run("import time\ntime.sleep(600)")
-    assert time.monotonic() - started < 300
+    assert time.monotonic() - started < box.wall
 
 
 def test_a_thread_does_not_outlive_the_program(box: Sandbox) -> None:

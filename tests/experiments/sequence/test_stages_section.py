@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,4 +149,3 @@ def test_errors_of_a_stage_name_it_once(make: Make) -> None:
     with pytest.raises(KeeptuneError) as error:
         make(method={"name": "lroa"})
     assert str(error.value).count("stage cats") == 1
-    assert json.dumps(str(error.value))
