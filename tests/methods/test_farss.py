@@ -268,9 +268,9 @@ def test_one_target_without_gradients_does_not_take_the_others_least_ranks() -> 
 
 def test_ties_are_broken_by_order() -> None:
     W = torch.eye(6)
-    made = [built(Farss(boundary=0), target(m=6, n=6), W, torch.eye(6), torch.eye(6), 3) for _ in range(2)]
-    assert torch.equal(made[0].init.A, made[1].init.A)
-    assert made[0].init.dense().trace() == pytest.approx(3)
+    for boundary, kept in ((0, [1, 1, 1, 0, 0, 0]), (1, [0, 0, 0, 1, 1, 1])):  # deep: the first; shallow: the last
+        made = built(Farss(boundary=boundary), target(m=6, n=6), W, torch.eye(6), torch.eye(6), 3)
+        torch.testing.assert_close(made.init.dense(), torch.diag(torch.tensor(kept).float()))
 
 
 @pytest.mark.parametrize("rank", [1, 3])

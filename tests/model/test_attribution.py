@@ -197,8 +197,18 @@ def test_completeness(rule: str, baseline: str) -> None:
 def test_completeness_of_one_token_at_all_positions() -> None:
     model = deep(llama)
     (batch,) = small((1,)).batches()
-    both = [fast(model, batch, positions=positions, rule="trapezoid") for positions in ("last", "all")]
+    both = [fast(model, batch, positions=positions, rule="trapezoid", steps=64) for positions in ("last", "all")]
     torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-6)
+    (ids,) = rows(batch)
+    z, logits = outputs(model, ids)
+    token = int(logits.argmax())
+    with torch.no_grad():
+        ends, bases = (
+            torch.stack([scored(model, ids, at, part * value, token, "probability") for at, value in enumerate(z)])
+            for part in (1, 0)
+        )
+    assert (ends - bases).abs().max() > 0.02
+    torch.testing.assert_close(both[1][0].sum(dim=-1), ends - bases, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 12])

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tests.models import MODELS, Rows, calibration, inputs_of
+from tests.models import MODELS, Rows, calibration, counted_passes, inputs_of
 from tests.reference.statistics_reference import stacked_inputs
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
@@ -53,9 +53,11 @@ def test_a_sink_is_called_once_per_batch() -> None:
 def test_all_modules_are_watched_in_one_pass() -> None:
     model = MODELS["llama"]()
     names = [target.name for target in find_targets(model)]
-    assert {name: x.shape for name, x in inputs_of(model, names, DATA).items()} == {
-        target.name: (DATA.tokens, target.in_features) for target in find_targets(model)
-    }
+    wanted = {target.name: (DATA.tokens, target.in_features) for target in find_targets(model)}
+    with counted_passes(model) as count:
+        found = inputs_of(model, names, DATA)
+    assert {name: x.shape for name, x in found.items()} == wanted
+    assert count == [1]  # of the one batch
 
 
 def test_the_pass_ends_when_every_watched_module_was_reached() -> None:

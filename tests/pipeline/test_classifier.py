@@ -138,9 +138,16 @@ def test_what_is_more_than_two_factors_is_trained_with_the_head_and_exported_wit
     assert accuracy["after"] != accuracy["before"]
 
 
-def test_farss_takes_gradients_of_the_classifiers_loss(make: Make, tmp_path: Path) -> None:
-    (entry,) = run(recipe_of(make(method={"name": "farss", "rank": 4})))["methods"]
-    assert len({row["rank"] for row in entry["plan"]}) > 1
+def test_farss_takes_gradients_of_the_classifiers_loss(make: Make, data: Path, tmp_path: Path) -> None:
+    given = make(method={"name": "farss", "rank": 4})
+    rows = read_jsonl(data / "train.jsonl", 120)
+    turned = [row | {"relation": other["relation"]} for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    task = given["task"] | {"train": str(write_jsonl(tmp_path / "turned.jsonl", turned))}
+    plans = [plan_stage(Job(recipe_of(one))) for one in (given, given | {"task": task, "output": str(tmp_path / "b")})]
+    for plan in plans:
+        assert len({t.decision.rank for t in plan.targets}) > 1
+    own, other = ([float(t.evidence["importance"]) for t in p.targets if "importance" in t.evidence] for p in plans)
+    assert min(abs(a / b - 1) for a, b in zip(own, other, strict=True)) > 1e-3  # the same texts, other labels
 
 
 def test_the_task_is_learned(make: Make) -> None:

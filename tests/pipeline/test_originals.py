@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from tests.gguf_files import gguf_llama, write_gguf
-from tests.models import NF4
+from tests.models import NF4, logits, off_by
 from tests.pipeline.support import MODEL, keeptune, recipe_of, write_recipe
 
+from keeptune.adapter.install import install
 from keeptune.core.artefact import read_json
 from keeptune.core.errors import RecipeError
 from keeptune.core.weights import is_quantised
 from keeptune.model.pretrained import LoadOptions, load_config, load_model
 from keeptune.pipeline.job import Job
 from keeptune.pipeline.originals import original_of
-from keeptune.pipeline.run import run
+from keeptune.pipeline.run import plan_stage, run
 
 Values = Callable[..., dict[str, Any]]
 # down_proj has inputs of no multiple of 64, which bitsandbytes reads wrong on the CPU.
@@ -63,9 +64,14 @@ def test_a_start_from_the_original_is_another_plan_of_which_training_starts_at_t
 ) -> None:
     asked = recipe_values(quantization=PACKED, method={"name": "pissa", "rank": 2}, targets=["q_proj"], evaluate=[])
     own = Job(recipe_of(asked))
-    other = Job(recipe_of(asked | {"start_from": "original"}))
+    other = Job(recipe_of(asked | {"start_from": "original", "output": f"{asked['output']}-original"}))
     assert own.plan_inputs != other.plan_inputs
-    assert other.plan_options.start_from == "original"
+    plans = [plan_stage(job) for job in (own, other)]
+    assert not any(torch.equal(a.init.A, b.init.A) for a, b in zip(*(plan.targets for plan in plans), strict=True))
+    ids = torch.arange(3, 60)[None]
+    for plan in plans:
+        tuned = install(other.base_to_train(), plan, anchor=other.recipe.anchor)
+        assert off_by(logits(tuned.eval(), ids), logits(other.base(), ids)) < 1e-5
 
 
 @pytest.mark.parametrize(

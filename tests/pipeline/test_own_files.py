@@ -164,7 +164,8 @@ def test_a_damaged_file_of_a_store_is_no_entry(tmp_path: Path) -> None:
             damage(file)
         with contextlib.suppress(KeeptuneError):  # of what cannot be written
             found = StatStore(folder).get(recipe)
-            assert found is None or torch.equal(found, torch.ones(2)), name
+            whole = name in {"null in it", "texts in it", "large numbers in it"}  # the checksum is as it was
+            assert (found is not None) == whole, name
         assert len(listing(folder)) <= 1
 
 

@@ -101,15 +101,18 @@ def test_kept_reports_are_not_written_again(finished: Finished, tmp_path: Path) 
     assert (tmp_path / "report.json").stat().st_mtime_ns != stamp
 
 
+@pytest.mark.parametrize("at", ["keeptune.pipeline.reporting.write_json", "keeptune.report.pages.run_page.write_html"])
 def test_killed_between_page_and_record_both_are_written_anew(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_report([finished("lora")], tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("keeptune.pipeline.reporting.write_json", _killed)
+        patch.setattr(at, _killed)
         write_report([finished("lora-null-v1")], tmp_path, keep=True)
     report = write_report([finished("lora-null-v1")], tmp_path, keep=True)
-    assert report["created"] in (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"keeptune run {finished('lora-null-v1')}/recipe.json" in text  # `created` has whole seconds
+    assert read_json(tmp_path / "report.json") == report
 
 
 def _killed(*_: object) -> None:

@@ -100,3 +100,4 @@ def test_keeptunes_own_training_attaches(tmp_path: Path) -> None:
     loss = train(model, plan, TOKENIZER, EXAMPLES, SFTConfig(**extra))
     assert [point["step"] for point in loss] == [1, 2]
     assert all(p.keys() == {"step", "loss", "learning_rate"} for p in loss)
+    assert [p["learning_rate"] for p in loss] == pytest.approx([0.02, 0.02])
