@@ -183,8 +183,8 @@ def _refuse(recipe: Recipe, where: str) -> None:
         raise RecipeError(
             f"{where}, key task.kind",
             got=recipe.task.kind,
-            wanted="completion: a classifier's head answers for one task, and stages share one model",
-            next_step="Tune a classifier in a run of its own, or train the label as a completion.",
+            wanted="completion: stages share one model, and a classifier's head answers for one task",
+            next_step="Train it in a run of its own, or, of a classifier, the label as a completion.",
         )
     if not recipe.evaluate:
         raise RecipeError(
