@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from html import unescape
 from typing import Any
 
 import pytest
@@ -136,6 +138,12 @@ def test_the_base_of_an_adapter_is_loaded_as_it_was_quantised_and_the_gap_on_its
 
 @pytest.mark.parametrize("name", ["<img src=x onerror=a()>", "[a](javascript:a())", "a`<b>`", "a|b"])
 def test_names_are_shown_as_they_are_and_are_no_markup(name: str) -> None:
-    text = model_card(entry(name=name), sidecar(base=f"models/{name}"), RECIPE).partition("\n---\n")[2]
+    rows = entry()["benchmarks"]
+    rows[0] |= {"name": name}
+    named = entry(name=name, benchmarks=rows)
+    text = model_card(named, sidecar(base=f"models/{name}"), RECIPE).partition("\n---\n")[2]
     shown = markdown(text, extensions=["tables", "fenced_code"])
-    assert not any(mark in shown for mark in ("<img", "href", "<b>", "<h1></h1>"))
+    assert not any(mark in shown for mark in ("<img", "href", "<b>"))
+    heading, cell = (re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", shown) for tag in ("h1", "td"))
+    assert heading is not None and unescape(heading[1]) == f"{name} on {name}"
+    assert cell is not None and unescape(cell[1]) == name

@@ -118,7 +118,7 @@ def short(text: str, most: int = 30) -> str:
 
 def markdown(text: str) -> str:
     """Returns a text that stays inside its Markdown cell, without markup."""
-    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
     return " ".join(safe.split())
 
 
