@@ -122,9 +122,9 @@ def test_fields_of_transformers_configs_are_taken(fields: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4, "dataset": "c4"}, "pip install"),
-        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao"),
-        ({"quant_method": "eetq"}, "wanted a quantisation that runs here"),
+        ({"quant_method": "gptq", "bits": 4, "dataset": "c4"}, "Run `pip install optimum`"),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "Run `pip install torchao`"),
+        ({"quant_method": "eetq"}, "wanted a quantisation that runs here. Run `pip install kernels`"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named_once(saved: Saved, fields: dict[str, Any], message: str) -> None:

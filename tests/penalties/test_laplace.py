@@ -110,6 +110,9 @@ def test_batches_take_the_first_examples_of_the_knowledge(tmp_path: Path) -> Non
 
 def test_lalora_is_lora_with_the_penalty(tmp_path: Path) -> None:
     plan = Bench(MODELS["llama"](), tmp_path).plan(Lalora(rank=4, curvature="delta-kfac", batches=1))
+    for a, b in zip(plan.targets, Bench(MODELS["llama"](), tmp_path).plan(Lora(rank=4)).targets, strict=True):
+        assert torch.equal(a.init.A, b.init.A) and not a.init.B.any()
+        assert (a.scale, a.trainable) == (b.scale, b.trainable)
     (penalty,) = plan.penalties
     assert penalty.name == "laplace"
     assert {k: penalty.options[k] for k in ("curvature", "batches")} == {

@@ -108,7 +108,7 @@ def test_lengths_end_at_the_positions_of_the_base(tmp_path: Path) -> None:
     [
         ({"report_to": "swanlab"}, "pip install swanlab"),
         ({"report_to": ["none", "clearml"]}, "pip install clearml"),
-        ({"report_to": "wandbb"}, "wandb"),
+        ({"report_to": "wandbb"}, 'Did you mean "wandb"'),
         ({"optim": "paged_adamw_8bit"}, "pip install bitsandbytes"),
         ({"push_to_hub": True}, "hf auth login"),
     ],
