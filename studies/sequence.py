@@ -7,7 +7,6 @@ Killed and started again, it goes on. The recipe is recipes/atlas-sequence.yaml;
 from __future__ import annotations
 
 import logging
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from keeptune.core.artefact import write_bytes
+from keeptune.experiments.entries import slug
 from keeptune.experiments.sequence.run_stages import run_sequence
 from keeptune.experiments.sequence.stages_section import load_sequence
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "atlas-sequence.yaml"
-LORA = {"name": "lora", "rank": 8, "alpha": 16}
 KEEP = {"name": "keep", "rank": 8, "alpha": 16}
-WAYS: dict[str, dict[str, Any]] = {
-    "LoRA": {"method": LORA},
-    "LoRA + replay": {"method": LORA, "replay": 0.3},
-    "keep": {"method": KEEP},
-    "keep, 0.1 nats": {"method": KEEP | {"nats": 0.1}},
+WAYS: dict[str, dict[str, Any]] = {  # what each changes of the recipe
+    "LoRA": {"replay": 0.0},
+    "LoRA + replay": {},
+    "keep": {"method": KEEP, "replay": 0.0},
+    "keep, 0.1 nats": {"method": KEEP | {"nats": 0.1}, "replay": 0.0},
 }
 MEASURES = {
     "average_accuracy": "average accuracy",
@@ -50,9 +49,9 @@ def main(output: Path, docs: Path, seeds: Sequence[int]) -> None:
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in seeds:
         for way, options in WAYS.items():
-            folder = output / f"{'-'.join(re.findall('[a-z0-9.]+', way.lower()))}-seed{seed}"
+            folder = output / f"{slug(way)}-seed{seed}"
             own = {"output": str(folder), "store": str(output / "store"), "train.seed": seed}
-            found[way].append(run_sequence(load_sequence(RECIPE, {"replay": 0.0} | options | own)))
+            found[way].append(run_sequence(load_sequence(RECIPE, options | own)))
             print(way, seed, {key: found[way][-1][key] for key in MEASURES}, flush=True)
     write_bytes(docs / "results" / "sequence-tables.md", page(found, seeds).encode())
 
