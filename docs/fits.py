@@ -211,7 +211,8 @@ def _moved(runs: Mapping[Any, DryRun]) -> Iterator[str]:
     yield "## What several processes send, 70B, GB on each\n"
     yield "A step of one micro-batch under DDP (a base in 4 bits on each card) and under FSDP2, which fetches each"
     yield "weight in the forward and in the backward pass. What keep sends is that of the steps at which it measures,"
-    yield "every k-th one, and few numbers for its budget. `tests/training/test_launched.py` counts what is sent.\n"
+    yield "every k-th one, and a few numbers more for its budget."
+    yield "`tests/training/test_launched.py` counts what is sent.\n"
     rows = []
     for method in METHODS:
         run = runs["70B", method, setting]

@@ -18,7 +18,7 @@ class Draws(Options):
     Args:
         labels: What gradients are taken of: ``"probe"`` and ``"sampled"`` are the Fisher, by random signs or by labels
             drawn from the model itself, which is noisier; ``"true"`` takes the data's tokens (the empirical Fisher).
-        probes: How many draws of signs or labels are averaged, each costs a backward pass; the forward pass is shared.
+        probes: How many draws of signs or labels are averaged: a backward pass each, on one forward pass.
         label_seed: Seed of the draws.
     """
 
