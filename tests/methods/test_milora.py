@@ -7,7 +7,6 @@ import torch
 from tests.methods.support import SHAPES, UNIQUE, WEIGHTS, built, residual, weight
 from tests.models import relative
 
-from keeptune.adapter.anchor import subtract
 from keeptune.core.errors import PlanError
 from keeptune.methods.milora import Milora
 from keeptune.methods.pissa import Pissa
@@ -16,15 +15,6 @@ R = 4
 shapes = pytest.mark.parametrize("shape", SHAPES)
 weights = pytest.mark.parametrize("name", WEIGHTS)
 scales = pytest.mark.parametrize("alpha", [None, 2.0, 8.0])
-
-
-@shapes
-@weights
-@scales
-def test_residual_and_start_make_the_weight(shape: str, name: str, alpha: float | None) -> None:
-    W = weight(name, shape)
-    plan = built(Milora(rank=R, alpha=alpha), W)
-    assert relative(subtract(W, plan) + plan.init.scaled(plan.scale).dense(), W) < 1e-6
 
 
 @shapes

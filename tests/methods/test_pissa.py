@@ -8,7 +8,6 @@ from tests.methods.support import SHAPES, UNIQUE, WEIGHTS, built, residual, targ
 from tests.models import relative
 from tests.reference.peft_reference import signed_like, start
 
-from keeptune.adapter.anchor import subtract
 from keeptune.core.errors import PlanError
 from keeptune.methods.base import allot_rank
 from keeptune.methods.pissa import Pissa
@@ -17,15 +16,6 @@ R = 4
 shapes = pytest.mark.parametrize("shape", SHAPES)
 weights = pytest.mark.parametrize("name", WEIGHTS)
 scales = pytest.mark.parametrize("alpha", [None, 2.0, 8.0])
-
-
-@shapes
-@weights
-@scales
-def test_residual_and_start_make_the_weight(shape: str, name: str, alpha: float | None) -> None:
-    W = weight(name, shape)
-    plan = built(Pissa(rank=R, alpha=alpha), W)
-    assert relative(subtract(W, plan) + plan.init.scaled(plan.scale).dense(), W) < 1e-6
 
 
 @shapes

@@ -84,15 +84,16 @@ def named(names: Sequence[str], most: int = 8) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns a sentence with the known name nearest to a misspelt one, if one is near, and all known names.
+    """Returns a sentence with the known name nearest to a misspelt one, in any case, and all known names.
 
     >>> nearest("metod", ["method", "model"])
     'Did you mean "method"? Known: method, model.'
     """
     known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    cased = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), cased, n=1, cutoff=0.5)
     listing = f"Known: {', '.join(known)}."
-    return f'Did you mean "{close[0]}"? {listing}' if close else listing
+    return f'Did you mean "{cased[close[0]]}"? {listing}' if close else listing
 
 
 def need_known(

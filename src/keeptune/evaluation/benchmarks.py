@@ -165,8 +165,8 @@ class FileBenchmark(Benchmark):
             raise RecipeError(
                 f"{self.where}.chat",
                 got=f"true with {'messages' if self.messages is not None else self.metric}",
-                wanted="`prompt`, the user's turn",
-                next_step="Leave `chat` out; whole conversations are named by `messages`.",
+                wanted="a metric with a `prompt`, which becomes the user's turn",
+                next_step='Leave `chat` out; whole conversations are named by `messages: "{messages}"`.',
             )
         if self.messages is not None and self.metric in ASKED:  # those that conversations are scored by
             needed = {"messages": "{messages}"} | {k: v for k, v in needed.items() if k not in ("prompt", "text")}
