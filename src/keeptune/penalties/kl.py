@@ -2,7 +2,7 @@
 
     D = mean_i KL(p_base(. | x_<i) || p(. | x_<i))           over the learned tokens i of a batch of texts       (1)
     P = k strength D                                         at every k-th optimiser step                        (2)
-    P = k p D / budget, k = 1 while it is overdrawn          p by the controller of penalties/budget.py          (3)
+    P = k p D / budget, k = 1 while it is overdrawn          p, and a limit on ∇P: penalties/budget.py           (3)
 
 D is in nats per token, the measure of forgetting itself where penalties on the weights are its second order. A batch
 costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; taken at every k-th step, it
@@ -45,7 +45,7 @@ _IDS, _LENGTHS, _LEARNED = "ids", "lengths", "learned"
 _BATCH, _GAP, _WAIT = "batch", "steps it stands for", "steps until it"
 _MULTIPLIER, _PRESSURE = "log multiplier", "log pressure"
 _SIZE, _EVERY, _LAST, _HELD, _TRAINED = "size", "every", "last", "mean held out", "mean trained on"
-_QUICK, _SLOW = 0.25, 0.2  # how much the last batch counts in means of D
+_QUICK, _SLOW = 0.5, 0.2  # how much the last batch counts in means of D
 _LEAST, _MOST = 128, 512  # tokens of a batch whose size is chosen
 _COST, _SHARE, _RAREST = 4.5 / 3, 0.25, 8
 _HELD_OUT, _MOST_HELD_OUT = 8, 16  # one text of so many, up to so many
@@ -166,7 +166,7 @@ class Kl(Penalty):
         learned = torch.ones_like(ids, dtype=torch.bool)
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
-        state = dict.fromkeys(self.state, 0.0) | {_PRESSURE: -GAIN}
+        state = dict.fromkeys(self.state, 0.0) | {_PRESSURE: -GAIN, _LAST: self.budget or 0.0}
         state |= {_SIZE: float(self.batch_size or 0), _EVERY: float(self.every or 0), _GAP: float(self.every or 0)}
         held = {name: torch.tensor([value], dtype=torch.float64) for name, value in state.items()}
         return {_IDS: ids, _LENGTHS: torch.tensor(list(map(len, texts))), _LEARNED: learned, **held}

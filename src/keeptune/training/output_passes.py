@@ -14,12 +14,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from keeptune.adapter.install import sharded_like, starting_values
 from keeptune.adapter.trained_head import full
 from keeptune.core.bootstrap import paired_interval
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.plan import Plan
+from keeptune.penalties.budget import share
 from keeptune.penalties.kl import Kl, TextBatch, kl_and_slope
 
 Gradients = dict[nn.Parameter, Tensor]  # float32; parameters are keys by identity
@@ -31,13 +33,9 @@ def add_gradients(total: Gradients, more: Gradients) -> None:
         total[parameter] = total[parameter] + gradient if parameter in total else gradient
 
 
-def gradient_norm(gradients: Gradients) -> Tensor:
-    """Returns the norm of all together."""
-    norms: list[Tensor] = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
-    if not norms:
-        return torch.zeros(())
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms]))
-    return norm
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Returns the norm of all together, also of those of which each process has a shard; all call it then."""
+    return full(get_total_norm([*gradients]))
 
 
 class Outputs:
@@ -73,6 +71,15 @@ class Outputs:
             for p, g in zip(trained, gradients, strict=True)
         }
         return _together(value, own_gradients)
+
+    def limited(self, tensors: Mapping[str, Tensor], gradients: Gradients, scale: float) -> Gradients:
+        """Returns the gradients of a budget, limited by the task's in ``.grad``, which ``scale`` multiplies."""
+        task = [p.grad for p in gradients if p.grad is not None]
+        if self.penalty.budget is None or not task:
+            return gradients
+        pressure = self.penalty.weight(tensors) * self.penalty.budget
+        taken = share(gradient_norm(gradients.values()) / pressure, gradient_norm(task).float() / scale)
+        return {parameter: gradient * taken for parameter, gradient in gradients.items()}
 
     def measured(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the KL on all texts that are held out, nats per token, with its interval over the texts."""

@@ -64,7 +64,7 @@ class Penalties:
         ``scale`` is that of gradients at this moment: ``scaler.get_scale()`` under a ``GradScaler``; ``tokens`` how
         many tokens of the task this process has passed in this step, by which ``kl`` chooses how often it measures.
         """
-        total, summed = self._gradients(scale, tokens)
+        total, summed = self._gradients(scale, tokens, limited=True)
         for parameter, gradient in summed.items():
             _add(parameter, gradient if scale == 1 else gradient * scale)
         return total
@@ -73,14 +73,15 @@ class Penalties:
         """Returns a term of the last micro-batch's loss whose gradients are those that :meth:`step` adds (DeepSpeed).
 
         It is the same on all processes, and so its own average; its value is the sum of <g, p>, not the penalties'.
+        A budget's are not limited by the task's gradient, which is still to come.
         """
-        _, summed = self._gradients(1.0, tokens)
+        _, summed = self._gradients(1.0, tokens, limited=False)
         zero = torch.zeros((), device=self._home)
         with torch.enable_grad():
             return sum(((gradient.to(p.dtype) * p).sum() for p, gradient in summed.items()), zero)
 
     @torch.no_grad()
-    def _gradients(self, scale: float, tokens: int) -> tuple[Tensor, Gradients]:
+    def _gradients(self, scale: float, tokens: int, *, limited: bool) -> tuple[Tensor, Gradients]:
         held = self._held()
         values: list[dict[str, Tensor]] = [{} for _ in self._penalties]
         summed: Gradients = {}
@@ -93,13 +94,14 @@ class Penalties:
             if outputs is not None and outputs.due(own, tokens):
                 parts[""], gradients = outputs.value_and_grad(own, scale)
                 checked[index] = outputs.checked(own)
-                logs[f"penalty_grad_norm/{outputs.penalty.name}"] = gradient_norm(gradients)
+                gradients = outputs.limited(own, gradients, scale) if limited else gradients
+                logs[f"penalty_grad_norm/{outputs.penalty.name}"] = gradient_norm(gradients.values())
                 add_gradients(summed, gradients)
         for penalty, own, parts, more in zip(self._penalties, self._own, values, checked, strict=True):
             logs |= penalty.update(own, {**parts, **more})
         sums = self._by_penalty(values)
         total = torch.stack(list(sums.values())).sum()
-        logs |= {"penalty": total, "penalty_grad_norm": gradient_norm(summed).to(self._home), **sums}
+        logs |= {"penalty": total, "penalty_grad_norm": gradient_norm(summed.values()).to(self._home), **sums}
         for name, value in logs.items():
             self._logs[name].append(value)
         self.taken += 1
