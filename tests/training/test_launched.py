@@ -40,7 +40,7 @@ def alone(folder: Path) -> dict[str, Found]:
     with patch.object(
         Outputs, "limited", lambda _, tensors, gradients, scale: gradients
     ):  # ZeRO has the task's gradient too late
-        found["keep, zero"] = learned(CASES["keep"], Plan.load(folder / "keep"), folder / "unused")
+        found["keep, zero"] = learned(CASES["keep"], Plan.load(folder / "keep"), folder / "late")
     return found
 
 
