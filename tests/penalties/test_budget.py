@@ -15,7 +15,7 @@ from keeptune.core.plan import Plan
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
-from keeptune.penalties.budget import GAIN, LEAST, MOST, ascended, excess, share, verdict
+from keeptune.penalties.budget import GAIN, LEAST, MOST, RATE, ascended, excess, share, verdict
 from keeptune.penalties.kl import Kl
 from keeptune.training.penalty_engine import Penalties, tokens_of
 
@@ -84,13 +84,13 @@ def test_tokens_of_a_batch_are_counted_without_padding() -> None:
     assert tokens_of({"text": ["a"]}) == tokens_of([{"prompt": "a"}]) == 0
 
 
-def test_the_pressure_is_off_while_there_is_room_and_on_at_once_when_there_is_none(tmp_path: Path) -> None:
+def test_the_pressure_is_on_at_once_when_there_is_no_room(tmp_path: Path) -> None:
     plan = planned(tmp_path, nats=1e-9, every=1, batch_size=8)
     penalties, found = Penalties(moved(plan), plan), []
     for _ in range(2):
         penalties.step()
         found.append(penalties.read()["multiplier"])
-    assert found == pytest.approx([math.exp(-GAIN), math.exp(GAIN)], rel=0.11)
+    assert found == pytest.approx([1.0, math.exp(GAIN + RATE)])
 
 
 @pytest.mark.parametrize("scale", [1.0, 16.0])
@@ -107,7 +107,7 @@ def test_the_gradient_of_a_budget_is_limited_by_the_tasks(length: float | None, 
         parameter.grad = torch.full_like(parameter, size) if length else None
     Penalties(model, plan).step(scale)
     added = torch.cat([(p.grad - size).flatten() for p in trained if p.grad is not None]) / scale
-    free, k, p = float(whole.norm()), 2, math.exp(-GAIN)
+    free, k, p = float(whole.norm()), 2, 1.0
     assert k * p * 10 < free < k * p * 1e4
     assert float(added.norm()) == pytest.approx(min(free, k * p * length) if length else free, rel=1e-3)
     assert float(added @ whole) == pytest.approx(float(added.norm()) * free, rel=1e-3)

@@ -166,7 +166,7 @@ class Kl(Penalty):
         learned = torch.ones_like(ids, dtype=torch.bool)
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
-        state = dict.fromkeys(self.state, 0.0) | {_PRESSURE: -GAIN, _LAST: self.budget or 0.0}
+        state = dict.fromkeys(self.state, 0.0) | {_LAST: self.budget or 0.0}
         state |= {_SIZE: float(self.batch_size or 0), _EVERY: float(self.every or 0), _GAP: float(self.every or 0)}
         held = {name: torch.tensor([value], dtype=torch.float64) for name, value in state.items()}
         return {_IDS: ids, _LENGTHS: torch.tensor(list(map(len, texts))), _LEARNED: learned, **held}
