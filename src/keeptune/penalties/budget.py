@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 RATE = 0.1  # for each optimiser step
-GAIN = 1.0
+GAIN = 2.0
 LEAST, MOST = 0.01, 4.0
 _MET = 0.2  # of the budget
 
