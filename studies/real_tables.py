@@ -34,8 +34,8 @@ CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short exa
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
 a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is, and
-*at every k-th step* for its defaults before it took knowledge at every step while the budget is overdrawn. Records
-name the commit.
+*at every k-th step* for its defaults before it took knowledge at every step while the budget is overdrawn, *without the
+limit* for those before its gradient was limited by the task's. Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the

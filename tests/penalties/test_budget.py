@@ -15,7 +15,7 @@ from keeptune.core.plan import Plan
 from keeptune.methods.keep import Keep
 from keeptune.methods.lora import Lora
 from keeptune.penalties.base import conclusions, penalty_named
-from keeptune.penalties.budget import GAIN, LEAST, MOST, RATE, ascended, excess, share, verdict
+from keeptune.penalties.budget import GAIN, LEAST, MOST, RATE, allowed, ascended, excess, verdict
 from keeptune.penalties.kl import Kl
 from keeptune.training.penalty_engine import Penalties, tokens_of
 
@@ -52,7 +52,7 @@ def test_the_multiplier_falls_within_the_budget_rises_above_and_stays_in_bounds(
 def test_what_is_taken_of_a_gradient_is_at_most_as_long_as_the_tasks(
     gradient: float, task: float, taken: float
 ) -> None:
-    assert float(share(torch.tensor(gradient), torch.tensor(task))) == taken
+    assert float(allowed(torch.tensor(gradient), torch.tensor(task))) == taken
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.79, "not used up"), (0.81, "met"), (1.19, "met"), (1.21, "overdrawn")])

@@ -37,9 +37,8 @@ def alone(folder: Path) -> dict[str, Found]:
         plan = case.plan(folder / "store")
         plan.save(folder / name)
         found[name] = learned(case, plan, folder / ("one" if name == "keep" else "unused"))
-    with patch.object(
-        Outputs, "limited", lambda _, tensors, gradients, scale: gradients
-    ):  # ZeRO has the task's gradient too late
+    # ZeRO has the task's gradient too late
+    with patch.object(Outputs, "limited", lambda _, tensors, gradients, scale: gradients):
         found["keep, zero"] = learned(CASES["keep"], Plan.load(folder / "keep"), folder / "late")
     return found
 

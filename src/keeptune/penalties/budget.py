@@ -12,7 +12,7 @@ proportional part of a PI controller in logarithms: the pressure p is off as soo
 
 The limit in (1): where the task's loss is least within the budget, both gradients are opposite and equally long (but
 for what an optimiser makes of them), so that a much longer one is the noise of a few texts. Without it, clipping leaves
-the task a hundredth of a step from the first overdraft on, and D stays far below the budget ever after.
+the task a hundredth of a step after an overdraft, and D stays far below the budget.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ascended(log_multiplier: Tensor, c: Tensor, steps: int = 1) -> Tensor:
     return (log_multiplier + RATE * steps * c).clamp(math.log(LEAST), math.log(MOST))
 
 
-def share(gradient: Tensor, task: Tensor) -> Tensor:
+def allowed(gradient: Tensor, task: Tensor) -> Tensor:
     """Computes what of ∇D / budget is taken in (1), from its norm and that of the task's gradient.
 
     Laws: from 0 to 1; what is taken is at most as long as the task's gradient, and all of it where it is shorter.

@@ -21,7 +21,7 @@ from keeptune.adapter.trained_head import full
 from keeptune.core.bootstrap import paired_interval
 from keeptune.core.eval_mode import in_evaluation
 from keeptune.core.plan import Plan
-from keeptune.penalties.budget import share
+from keeptune.penalties.budget import allowed
 from keeptune.penalties.kl import Kl, TextBatch, kl_and_slope
 
 Gradients = dict[nn.Parameter, Tensor]  # float32; parameters are keys by identity
@@ -78,8 +78,8 @@ class Outputs:
         if self.penalty.budget is None or not task:
             return gradients
         pressure = self.penalty.weight(tensors) * self.penalty.budget
-        taken = share(gradient_norm(gradients.values()) / pressure, gradient_norm(task).float() / scale)
-        return {parameter: gradient * taken for parameter, gradient in gradients.items()}
+        taken = allowed(gradient_norm(gradients.values()) / pressure, gradient_norm(task).float() / scale)
+        return {parameter: gradient * taken.to(gradient.device) for parameter, gradient in gradients.items()}
 
     def measured(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the KL on all texts that are held out, nats per token, with its interval over the texts."""
@@ -167,9 +167,10 @@ def _share(batch: TextBatch, *, keep_one: bool) -> TextBatch:
 
 def _together(value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
     """Adds up the shares of all processes; means that all have are as many equal shares."""
+    if not dist.is_initialized():  # one process, whose layers may be on several devices
+        return value.float(), gradients
     flat = torch.cat([value.float().reshape(1), *(gradient.reshape(-1) for gradient in gradients.values())])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
+    dist.all_reduce(flat)
     parts = torch.split(flat[1:], [gradient.numel() for gradient in gradients.values()])
     return flat[0], {p: part.view(p.shape) for p, part in zip(gradients, parts, strict=True)}
 
