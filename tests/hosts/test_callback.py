@@ -102,7 +102,7 @@ def test_it_trains_to_the_last_bit_as_attach_does(
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_pieces_of_a_step_take_the_steps_of_the_whole(kind: str, tmp_path: Path) -> None:
-    """Under clipping, so that penalties are in the norm."""
+    """Under clipping, so that penalties are in the norm; at some 1e-6 nats rounding is a hundredth of D."""
     found = []
     for pieces in (1, 4):
         extra = {"per_device_train_batch_size": 8 // pieces, "gradient_accumulation_steps": pieces, "optim": "sgd"}
@@ -112,7 +112,7 @@ def test_pieces_of_a_step_take_the_steps_of_the_whole(kind: str, tmp_path: Path)
         torch.testing.assert_close(factors(four)[name], value, rtol=1e-4, atol=1e-6)
     for row, other in zip(curve(one), curve(four), strict=True):
         assert {k: v for k, v in other.items() if "penalty" in k or "kl" in k} == pytest.approx(
-            {k: v for k, v in row.items() if "penalty" in k or "kl" in k}, rel=1e-3, abs=3e-6
+            {k: v for k, v in row.items() if "penalty" in k or "kl" in k}, rel=1e-2, abs=3e-6
         )
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_goes_on_as_one_that_was_not(tmp_path: Path) -> No
     gone_on = trained(again, tmp_path, resume=tmp_path / "checkpoint-3", **saving)
     assert all(torch.equal(value, factors(gone_on)[name]) for name, value in factors(whole).items())
     assert curve(gone_on) == curve(whole)
-    assert [row["multiplier"] for row in curve(whole) if "multiplier" in row][0] < 1
+    assert len({row["multiplier"] for row in curve(whole) if "multiplier" in row}) > 3
     for name, told in (("plan.json", "no such file|No such file"), ("other", "of another plan's penalties")):
         if name == "other":
             trained(own(r=1), tmp_path)
