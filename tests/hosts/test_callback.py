@@ -102,17 +102,17 @@ def test_it_trains_to_the_last_bit_as_attach_does(
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_pieces_of_a_step_take_the_steps_of_the_whole(kind: str, tmp_path: Path) -> None:
-    """Under clipping, so that penalties are in the norm; at some 1e-6 nats rounding is a hundredth of D."""
+    """Under clipping, so that penalties are in the norm, and at a rate at which D is no rounding."""
     found = []
     for pieces in (1, 4):
         extra = {"per_device_train_batch_size": 8 // pieces, "gradient_accumulation_steps": pieces, "optim": "sgd"}
-        found.append(trained(own(), tmp_path, kind=kind, max_grad_norm=0.5, **extra))
+        found.append(trained(own(), tmp_path, kind=kind, max_grad_norm=0.5, learning_rate=0.3, **extra))
     one, four = found
     for name, value in factors(one).items():
         torch.testing.assert_close(factors(four)[name], value, rtol=1e-4, atol=1e-6)
     for row, other in zip(curve(one), curve(four), strict=True):
         assert {k: v for k, v in other.items() if "penalty" in k or "kl" in k} == pytest.approx(
-            {k: v for k, v in row.items() if "penalty" in k or "kl" in k}, rel=1e-2, abs=3e-6
+            {k: v for k, v in row.items() if "penalty" in k or "kl" in k}, rel=1e-3, abs=3e-6
         )
 
 
