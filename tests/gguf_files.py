@@ -105,7 +105,7 @@ def write_base(model: PreTrainedModel, path: Path, architecture: str, tokens: in
     tied = getattr(model, "all_tied_weights_keys", {})
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     entries = [(name, value.shape, value.clone) for name, value in state.items()]
-    write_whole_file(path, layout_of(model.config, "test"), open_gguf(empty), entries, "f32", None)
+    write_whole_file(path, layout_of(model.config, "test"), open_gguf(empty), entries, "f32", {})
     return path
 
 

@@ -221,12 +221,22 @@ def test_the_template_trained_with_is_passed_on_where_the_base_has_another(
     base: Path, recipe_values: Values, tmp_path: Path
 ) -> None:
     given = recipe_values(method=METHODS["lora"])
+    template = CHATML.replace("<|im_end|>", "<unk>")  # one token, which is not the end of the base's texts
     given["task"]["chat_template"] = str(tmp_path / "chat.jinja")
-    (tmp_path / "chat.jinja").write_text(CHATML)
+    (tmp_path / "chat.jinja").write_text(template)
     run(recipe_of(given))
     done = export_gguf(given["output"], GgufOptions(str(base)))
     assert f"--chat-template-file {Path(done['file']).parent / 'chat_template.jinja'}" in done["serve"]
-    assert (Path(done["file"]).parent / "chat_template.jinja").read_text() == CHATML
-    assert "TEMPLATE" in (Path(done["file"]).parent / "Modelfile").read_text()
+    assert (Path(done["file"]).parent / "chat_template.jinja").read_text() == template
+    assert {"TEMPLATE", 'PARAMETER stop "<unk>"'} <= set(re.findall(r"^(?:TEMPLATE|PARAM.*)", modelfile(done), re.M))
     whole = export_gguf(given["output"], GgufOptions(str(base), merged=True))
-    assert field_of(open_gguf(whole["file"]), "tokenizer.chat_template") == CHATML
+    written, unchanged = open_gguf(whole["file"]), open_gguf(base)
+    assert field_of(written, "tokenizer.chat_template") == template
+    assert field_of(written, "tokenizer.ggml.eot_token_id") == load_tokenizer(str(base)).convert_tokens_to_ids("<unk>")
+    assert 'PARAMETER stop "<unk>"' in modelfile(whole)
+    same = "tokenizer.ggml.eos_token_id"
+    assert field_of(written, same) == field_of(unchanged, same)
+
+
+def modelfile(done: dict[str, Any]) -> str:
+    return (Path(done["file"]).parent / "Modelfile").read_text()

@@ -168,15 +168,14 @@ def write_lora_file(path: Path, folder: Path, layout: Layout, quantise: Quantise
 
 
 def write_whole_file(
-    path: Path, layout: Layout, base: Any, weights: Sequence[Entry], quantise: Quantise, template: str | None
+    path: Path, layout: Layout, base: Any, weights: Sequence[Entry], quantise: Quantise, chat: Mapping[str, Any]
 ) -> float:
-    """Writes a whole model with the metadata of its base's open file, but for a chat template that is given."""
+    """Writes a whole model with the metadata of its base's open file, but for what ``chat`` has."""
     entries = [entry_of(tensor) for tensor in base.tensors if tensor.name in _FROM_CONFIG]
     entries += [(layout.name(key), shape, partial(layout.stored, key, read)) for key, shape, read in weights]
     fields = {field.name: field for field in base.fields.values() if not field.name.startswith(_ANEW)}
     fields |= {"general.file_type": _FILE_TYPES[quantise], "general.quantization_version": 2}
-    fields |= {"tokenizer.chat_template": template} if template else {}
-    return write_file(path, layout.architecture, fields, entries, quantise)
+    return write_file(path, layout.architecture, {**fields, **chat}, entries, quantise)
 
 
 def write_file(

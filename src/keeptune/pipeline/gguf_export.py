@@ -1,9 +1,11 @@
 """keeptune export --to gguf: what a run exported as files for llama.cpp, checked, with Ollama's Modelfile beside."""
 
+import json
 import logging
 import re
 import shlex
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from keeptune.adapter.probe import Gap, logits_of, random_probe
 from keeptune.core.artefact import atomic_directory, checked, seal, write_json, write_text
 from keeptune.core.errors import ExportError, need_known
 from keeptune.core.offload import stored_value
+from keeptune.data.chat_template import turn_ends
 from keeptune.model.pretrained import LoadOptions, load_config, load_floats, load_model
 from keeptune.model.quantization import check_gguf, is_gguf
 from keeptune.pipeline.merge import merge_adapter
@@ -29,6 +32,7 @@ from keeptune.pipeline.trained_changes import TrainedModel
 _log = logging.getLogger(__name__)
 _BOUNDS = {"f32": 1e-4, "f16": 2e-2, "q8_0": 3e-1}  # of logits on random tokens, relative
 _FLOATS = LoadOptions(dtype="float32")
+_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")  # of texts, and of turns
 NAME_IT = "Name it with --base: a file of the same base in any quantisation."
 
 
@@ -91,11 +95,15 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, 
     serve = ["-m", str(folder / name)] if merged else ["-m", base or "base.gguf", "--lora", str(folder / name)]
     lines = [f"FROM ./{name}"] if merged else [f"FROM {Path(base or 'base.gguf').absolute()}", f"ADAPTER ./{name}"]
     reader, tokenizer = open_gguf(base) if base else None, trained.load_tokenizer()
-    new = reader is not None and tokenizer.chat_template != field_of(reader, "tokenizer.chat_template")
-    template = tokenizer.chat_template if new else None
+    template = tokenizer.chat_template
+    new = reader is not None and template not in {None, field_of(reader, "tokenizer.chat_template")}
+    chat = {"tokenizer.chat_template": template} if new else {}
+    for end in turn_ends(tokenizer) - {None, *(field_of(reader, key) for key in _ENDS if reader is not None)}:
+        chat[_ENDS[1]] = end
+        lines.append(f"PARAMETER stop {json.dumps(tokenizer.convert_ids_to_tokens(end))}")
     with atomic_directory(folder) as fresh:
         if merged:
-            error = _write_whole(trained, fresh / name, str(base), reader, quantise, template)
+            error = _write_whole(trained, fresh / name, str(base), reader, quantise, chat)
         else:
             layout = files.layout_of(load_config(trained.base), f"base {trained.base}")
             error = files.write_lora_file(fresh / name, trained.folder, layout, quantise)
@@ -104,7 +112,7 @@ def export_gguf(run: Path | str, options: GgufOptions = _DEFAULTS) -> dict[str, 
                 first = {name.split(".")[-1]: f"{name}.weight" for name in names}.values()  # of each role
                 entries = _entries(load_floats(trained.base, LoadOptions()))
                 files.check_base(str(base), reader, layout, entries, [entry for entry in entries if entry[0] in first])
-        if template is not None:
+        if new:
             write_text(fresh / "chat_template.jinja", template)
             lines.append(f'TEMPLATE """{go_template(tokenizer, reader)}"""')
             serve += [] if merged else ["--chat-template-file", str(folder / "chat_template.jinja")]
@@ -137,7 +145,7 @@ def written(run: Path | str, base: str | None) -> dict[str, Any] | None:
 
 
 def _write_whole(
-    trained: TrainedModel, file: Path, base: str, reader: Any, quantise: Quantise, template: str | None
+    trained: TrainedModel, file: Path, base: str, reader: Any, quantise: Quantise, chat: Mapping[str, Any]
 ) -> float:
     with tempfile.TemporaryDirectory(prefix="keeptune-", dir=file.parent) as scratch:
         whole = trained.folder
@@ -147,7 +155,7 @@ def _write_whole(
         layout, model = files.layout_of(load_config(str(whole)), f"model {whole}"), load_floats(str(whole), _FLOATS)
         entries, probe = _entries(model), random_probe(model)
         files.check_base(base, reader, layout, entries)
-        files.write_whole_file(file, layout, reader, entries, quantise, template)
+        files.write_whole_file(file, layout, reader, entries, quantise, chat)
         wanted = logits_of(model, probe)
         del model, entries
         gap = Gap.between(logits_of(load_model(str(file), _FLOATS), probe), wanted)
