@@ -24,6 +24,7 @@ ALL = (
     "attribution",
     "repair",
     "quantised_plan",
+    "scored_logits",
 )
 
 

@@ -62,6 +62,35 @@ def test_losses_and_divergence_match_the_reference(tiny: Any, other: Any, tokeni
             assert losses["kl"] > 0
 
 
+def test_logits_are_those_that_are_needed_where_the_model_can(
+    model: Any, tokenizer: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some architectures and of a forward that takes no such argument; the likelihoods are the same."""
+    sequences = [Encoder(tokenizer, 99).choice(TEXTS[0], answer, "x") for answer in ("yes", "no, not at all")]
+    wanted = [reference.log_likelihood(model, tokens.ids, tokens.start) for tokens in sequences]
+    widths: list[int] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
+    needed, longest = scored_tokens._columns(sequences), max(len(tokens.ids) for tokens in sequences)
+    assert sums_of(model, sequences) == pytest.approx(wanted, rel=1e-5)
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
+    )
+    assert sums_of(model, sequences) == pytest.approx(wanted, rel=1e-5)
+    hook.remove()
+    assert needed < longest
+    assert widths == [needed, longest]
+
+
+def test_batches_are_as_large_as_their_logits_allow(tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = [Encoder(tokenizer, 99).choice(TEXTS[0], answer, "x") for answer in ("yes", "no", "maybe")]
+    sizes: list[int] = []
+    monkeypatch.setattr(scored_tokens, "_LOGITS_AT_ONCE", 2 * 512 * scored_tokens._columns(sequences))
+    log_likelihoods(tiny, sequences, Passes(8, 0, "x", sizes.append))
+    assert sizes == [2, 1]
+
+
 def test_a_model_does_not_diverge_from_itself(model: Any, tokenizer: Any) -> None:
     sequences = [Encoder(tokenizer, 99).document(text, "x") for text in TEXTS]
     found = losses_and_divergence(TwoModels(model, model), sequences, Passes(3, 0, "x"))

@@ -5,6 +5,7 @@ right, where causal attention never looks, so positions need no care. Log-probab
 for at most ``_CHUNK`` tokens at a time; sums over tokens are float64.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,8 +172,7 @@ def in_batches(
     length: Callable[[T], int],
     rows: int,
     compute: Callable[[Sequence[T]], list[R]],
-    *,
-    vocabulary: int = 1,
+    elements: Callable[[Sequence[T]], int] = len,
 ) -> list[R]:
     """Computes a result for each item in batches of about equal length; processes divide long and short ones alike.
 
@@ -181,7 +181,7 @@ def in_batches(
         length: Tokens of an item.
         rows: Items of a batch at most.
         compute: Returns the results of a batch, whose items are longest first.
-        vocabulary: Logits per token; those of a batch of several rows stay below 2**28 elements.
+        elements: How many logits a batch has; those of several rows are 2**28 at most.
 
     Returns:
         The results in the order of the items.
@@ -189,9 +189,10 @@ def in_batches(
 
     def computed(own: Sequence[T]) -> list[R]:
         results: list[R] = []
-        while len(results) < len(own):
-            fitting = min(rows, max(1, _LOGITS_AT_ONCE // (length(own[len(results)]) * vocabulary)))
-            results += compute(own[len(results) : len(results) + fitting])
+        while left := own[len(results) : len(results) + rows]:
+            while len(left) > 1 and elements(left) > _LOGITS_AT_ONCE:
+                left = left[:-1]
+            results += compute(left)
         return results
 
     order = sorted(range(len(items)), key=lambda place: -length(items[place]))  # equal ones as they came
@@ -252,13 +253,13 @@ def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], p
     def sums_of(batch: Sequence[ScoredTokens]) -> list[float]:
         logits = _logits(model, batch, passes)
         sums = torch.zeros(len(batch), dtype=torch.float64)
-        for row, column, target in _chunks(batch):
+        for row, column, target in _chunks(batch, logits.shape[1]):
             sums.index_add_(0, row, _at(_log_probabilities(logits, row, column), target))
         need_finite(sums.isfinite(), passes.where, "log-probabilities")
         passes.advance(len(batch))
         return sums.tolist()
 
-    return in_batches(sequences, _length, passes.rows, sums_of, vocabulary=_vocabulary(model))
+    return in_batches(sequences, _length, passes.rows, sums_of, _elements(model))
 
 
 def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], passes: Passes) -> list[dict[str, Any]]:
@@ -272,7 +273,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
 
     def losses_of(batch: Sequence[ScoredTokens]) -> list[dict[str, Any]]:
         base, tuned = of_both(pair, lambda model: _logits(model, batch, passes))
-        if base.shape != tuned.shape:
+        if base.shape[-1] != tuned.shape[-1]:
             raise ModelError(
                 passes.where,
                 got=f"vocabularies of {base.shape[-1]} before and {tuned.shape[-1]} after",
@@ -280,7 +281,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
                 next_step="Add the tuned model's new tokens to the base model, or drop this benchmark.",
             )
         sums = torch.zeros(3, len(batch), dtype=torch.float64)
-        for row, column, target in _chunks(batch):
+        for row, column, target in _chunks(batch, base.shape[1]):
             first, second = (_log_probabilities(logits, row, column) for logits in (base, tuned))
             sums[0].index_add_(0, row, -_at(first, target))
             sums[1].index_add_(0, row, -_at(second, target))
@@ -291,8 +292,8 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
         scored = zip(sums.T.tolist(), (len(tokens.ids) - tokens.start for tokens in batch), strict=True)
         return [{"before": b / n, "after": a / n, "kl": kl / n, "tokens": n} for (b, a, kl), n in scored]
 
-    vocabulary, _ = of_both(pair, _vocabulary)
-    return in_batches(sequences, _length, passes.rows, losses_of, vocabulary=vocabulary)
+    elements, _ = of_both(pair, _elements)
+    return in_batches(sequences, _length, passes.rows, losses_of, elements)
 
 
 def add_divergence(
@@ -321,16 +322,33 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
+def _limits_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _columns(batch: Sequence[ScoredTokens]) -> int:
+    """Returns in how many of a batch's last places a token to be scored is predicted, or lies."""
+    return max(map(_length, batch)) - min(tokens.start for tokens in batch) + 1
+
+
+def _elements(model: PreTrainedModel) -> Callable[[Sequence[ScoredTokens]], int]:
+    vocabulary, limits = _vocabulary(model), _limits_logits(model)
+    return lambda batch: len(batch) * vocabulary * (_columns(batch) if limits else max(map(_length, batch)))
+
+
 def _logits(model: PreTrainedModel, batch: Sequence[ScoredTokens], passes: Passes) -> Tensor:
-    ids, mask = padded(batch, passes.pad)
-    logits: Tensor = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    """Computes logits at the last places (R, C, V), from the first that is needed on where the model can."""
+    ids, mask = (part.to(model.device) for part in padded(batch, passes.pad))
+    limit = {"logits_to_keep": _columns(batch)} if _limits_logits(model) else {}
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **limit).logits
     return logits
 
 
-def _chunks(batch: Sequence[ScoredTokens]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields the scored tokens of a batch as (row, column of the logits that predict it, token id)."""
+def _chunks(batch: Sequence[ScoredTokens], columns: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields the scored tokens of a batch as (row, which of the last columns predicts it, token id)."""
+    first = max(map(_length, batch)) - columns
     row = torch.cat([torch.full((len(tokens.ids) - tokens.start,), index) for index, tokens in enumerate(batch)])
-    column = torch.cat([torch.arange(tokens.start - 1, len(tokens.ids) - 1) for tokens in batch])
+    column = torch.cat([torch.arange(tokens.start - 1, len(tokens.ids) - 1) for tokens in batch]) - first
     target = torch.cat([torch.tensor(tokens.ids[tokens.start :]) for tokens in batch])
     yield from zip(*(torch.split(part, _CHUNK) for part in (row, column, target)), strict=True)
 

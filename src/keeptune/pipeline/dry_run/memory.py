@@ -328,10 +328,10 @@ class Footprint:
             if one.metric == "exact_match":
                 passing["keys and values"] = estimate.cache_bytes(self.shape, batch=batch, length=one.longest)
             else:
-                # Logits of a batch below 2**28 numbers, once for each model compared (evaluation/scored_tokens);
+                # Logits of one row, or 2**28 at most, once for each model compared (evaluation/scored_tokens);
                 # logarithms, in float32, of 256 tokens at a time, with 24 bytes a number where two are compared.
                 models, V, e = 2 if one.metric == "cross_entropy" else 1, self.shape.vocabulary, self.shape.size
-                tokens = min(batch, max(1, 2**28 // max(one.longest * V, 1))) * one.longest
+                tokens = min(batch * one.longest, max(one.longest, 2**28 // max(V, 1)))
                 each = 24 if models > 1 else e + 8
                 passing["logits"] = V * (tokens * models * e + min(tokens, 256) * each)
             found.append(passing)
