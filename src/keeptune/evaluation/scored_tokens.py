@@ -322,7 +322,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def _limits_logits(model: PreTrainedModel) -> bool:
+def limits_logits(model: PreTrainedModel) -> bool:
+    """Returns whether a model computes logits of the last places alone where it is asked to."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
@@ -332,14 +333,14 @@ def _columns(batch: Sequence[ScoredTokens]) -> int:
 
 
 def _elements(model: PreTrainedModel) -> Callable[[Sequence[ScoredTokens]], int]:
-    vocabulary, limits = _vocabulary(model), _limits_logits(model)
+    vocabulary, limits = _vocabulary(model), limits_logits(model)
     return lambda batch: len(batch) * vocabulary * (_columns(batch) if limits else max(map(_length, batch)))
 
 
 def _logits(model: PreTrainedModel, batch: Sequence[ScoredTokens], passes: Passes) -> Tensor:
     """Computes logits at the last places (R, C, V), from the first that is needed on where the model can."""
     ids, mask = (part.to(model.device) for part in padded(batch, passes.pad))
-    limit = {"logits_to_keep": _columns(batch)} if _limits_logits(model) else {}
+    limit = {"logits_to_keep": _columns(batch)} if limits_logits(model) else {}
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **limit).logits
     return logits
 

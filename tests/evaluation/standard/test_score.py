@@ -25,7 +25,7 @@ from keeptune.evaluation import AdapterPair, BenchmarkResult, NamedBenchmark, Tw
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import KeptAnswers
 from keeptune.evaluation.standard import score_named
-from keeptune.evaluation.standard.language_model import restored_process
+from keeptune.evaluation.standard.language_model import restored_process, wrapped_model
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
@@ -180,6 +180,28 @@ def _sum(model: Any, tokenizer: Any, context: str, answer: str) -> float:
     ids = torch.tensor([tokenizer(context + answer)["input_ids"]])
     logs = model(ids).logits.log_softmax(-1)[0, :-1]
     return float(logs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+
+
+def test_lm_eval_gets_the_logits_that_it_reads(stories: Any, tokenizer: Any) -> None:
+    """Its answers are the same, to rounding, also after a text that ends in token 0, with which it pads."""
+    from lm_eval.models.huggingface import HFLM
+
+    draw = random.Random(0)
+    lengths = [(30, 2), (29, 5), (12, 1), (11, 3), (3, 1)]
+    requests = [(("", ""), *([draw.randrange(3, 500) for _ in range(n)] for n in pair)) for pair in lengths]
+    requests += [(("", ""), [*context, 0, 0], [0, 0, 7]) for _, context, _ in requests[:2]]
+    options: dict[str, Any] = {"pretrained": stories, "max_length": 96, "backend": "causal", "batch_size": 4}
+    with restored_process("test"):
+        plain = HFLM(tokenizer=copy.deepcopy(tokenizer), **options)
+        ours = wrapped_model(stories, tokenizer, local("arc_easy", batch_size=4), length=96, kept=None)
+        wanted = plain._loglikelihood_tokens(requests, disable_tqdm=True)
+        columns: list[int] = []
+        hook = stories.lm_head.register_forward_hook(lambda _, inputs, __: columns.append(inputs[0].shape[1]))
+        found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+        hook.remove()
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], rel=1e-5)
+    assert columns == [10, 13]  # 34 - 29 + 5, and all of 13: the least is 3
 
 
 def test_documents_by_hand(pair: AdapterPair, tokenizer: Any) -> None:

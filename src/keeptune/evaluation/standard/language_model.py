@@ -20,6 +20,7 @@ from keeptune.core.processes import divided, world
 from keeptune.data.chat_template import ChatTemplate
 from keeptune.evaluation.benchmarks import end_of_thought
 from keeptune.evaluation.model_pairs import KeptAnswers
+from keeptune.evaluation.scored_tokens import limits_logits
 from keeptune.evaluation.standard.entry import NamedBenchmark
 
 _LOG = logging.getLogger(__name__)
@@ -83,8 +84,19 @@ def wrapped_model(
             return self._kept("rolling", requests, lambda own: list(map(float, run(own, quiet))))
 
         def _loglikelihood_tokens(self, requests: Any, **given: Any) -> Any:
+            self._longest = max((len(answer) for _, _, answer in requests), default=0)
             # lm-eval draws a bar for each batch of windows, whatever its argument.
             return super()._loglikelihood_tokens(requests, **(given | {"disable_tqdm": quiet}))
+
+        def _model_call(self, inps: torch.Tensor, *args: Any, **given: Any) -> Any:
+            # lm-eval reads the last tokens of rows that are padded with 0 on their right, from as many logits as there
+            # are; a text that ends in a token 0 is taken to be shorter than it is, and only leaves more of them.
+            if not limits_logits(model):
+                return super()._model_call(inps, *args, **given)
+            ends = (inps.ne(0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1)
+            last = inps.shape[1] - int(ends.min()) + self._longest
+            with torch.no_grad():
+                return model(inps, logits_to_keep=min(last, inps.shape[1])).logits
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             rooms = (length - int(request.args[1].get("max_gen_toks") or _NEW_TOKENS) for request in requests)
