@@ -86,7 +86,7 @@ def test_logits_are_those_that_are_needed_where_the_model_can(
 def test_batches_are_as_large_as_their_logits_allow(tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = [Encoder(tokenizer, 99).choice(TEXTS[0], answer, "x") for answer in ("yes", "no", "maybe")]
     sizes: list[int] = []
-    monkeypatch.setattr(scored_tokens, "_LOGITS_AT_ONCE", 2 * 512 * scored_tokens._columns(sequences))
+    monkeypatch.setattr(scored_tokens, "LOGITS_AT_ONCE", 2 * 512 * scored_tokens._columns(sequences))
     log_likelihoods(tiny, sequences, Passes(8, 0, "x", sizes.append))
     assert sizes == [2, 1]
 

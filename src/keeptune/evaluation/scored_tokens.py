@@ -23,7 +23,7 @@ from keeptune.evaluation.metrics import cut_at
 from keeptune.evaluation.model_pairs import ModelPair, of_both
 from keeptune.model.continuation import Limits, continued, end_tokens, plain_text
 
-_LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
+LOGITS_AT_ONCE = 2**28  # elements of one batch of logits: 1 GiB in float32
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -190,7 +190,7 @@ def in_batches(
     def computed(own: Sequence[T]) -> list[R]:
         results: list[R] = []
         while left := own[len(results) : len(results) + rows]:
-            while len(left) > 1 and elements(left) > _LOGITS_AT_ONCE:
+            while len(left) > 1 and elements(left) > LOGITS_AT_ONCE:
                 left = left[:-1]
             results += compute(left)
         return results
@@ -304,7 +304,7 @@ def add_divergence(
     On the task's data it predicts what is forgotten elsewhere (RL's Razor, arXiv 2509.04259): E_{x ~ task}
     KL(base(x) || tuned(x)), here at each token of the answer given all before it. Items without an answer have none.
     """
-    before, after = of_both(pair, _vocabulary)
+    before, after = of_both(pair, vocabulary_of)
     if before != after:
         _LOG.warning("%s: no KL to the base, whose vocabulary is another", passes.where)
         return
@@ -318,7 +318,8 @@ def _length(tokens: ScoredTokens) -> int:
     return len(tokens.ids)
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Returns how many logits a model has for a token."""
     return int(model.config.get_text_config().vocab_size)
 
 
@@ -333,7 +334,7 @@ def _columns(batch: Sequence[ScoredTokens]) -> int:
 
 
 def _elements(model: PreTrainedModel) -> Callable[[Sequence[ScoredTokens]], int]:
-    vocabulary, limits = _vocabulary(model), limits_logits(model)
+    vocabulary, limits = vocabulary_of(model), limits_logits(model)
     return lambda batch: len(batch) * vocabulary * (_columns(batch) if limits else max(map(_length, batch)))
 
 

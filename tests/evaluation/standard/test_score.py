@@ -24,7 +24,7 @@ from keeptune.core.errors import DataError, RecipeError
 from keeptune.evaluation import AdapterPair, BenchmarkResult, NamedBenchmark, TwoModels
 from keeptune.evaluation.harness import evaluate
 from keeptune.evaluation.model_pairs import KeptAnswers
-from keeptune.evaluation.standard import score_named
+from keeptune.evaluation.standard import language_model, score_named
 from keeptune.evaluation.standard.language_model import restored_process, wrapped_model
 from keeptune.evaluation.standard.lm_eval_tasks import build_tasks
 
@@ -182,7 +182,7 @@ def _sum(model: Any, tokenizer: Any, context: str, answer: str) -> float:
     return float(logs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
 
 
-def test_lm_eval_gets_the_logits_that_it_reads(stories: Any, tokenizer: Any) -> None:
+def test_lm_eval_gets_the_logits_that_it_reads(stories: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers are the same, to rounding, also after a text that ends in token 0, with which it pads."""
     from lm_eval.models.huggingface import HFLM
 
@@ -198,10 +198,14 @@ def test_lm_eval_gets_the_logits_that_it_reads(stories: Any, tokenizer: Any) -> 
         columns: list[int] = []
         hook = stories.lm_head.register_forward_hook(lambda _, inputs, __: columns.append(inputs[0].shape[1]))
         found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+        monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 2 * 5 * 512)  # two rows of five tokens
+        again = ours._loglikelihood_tokens(requests, disable_tqdm=True)
         hook.remove()
+    assert [total for total, _ in again] == pytest.approx([total for total, _ in wanted], rel=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
     assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], rel=1e-5)
-    assert columns == [10, 13]  # 34 - 29 + 5, and all of 13: the least is 3
+    assert columns[:2] == [10, 13]  # 34 - 29 + 5, and all of 13: the least is 3
+    assert len(columns[2:]) == 4  # of seven rows
 
 
 def test_documents_by_hand(pair: AdapterPair, tokenizer: Any) -> None:

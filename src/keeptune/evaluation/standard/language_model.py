@@ -20,7 +20,7 @@ from keeptune.core.processes import divided, world
 from keeptune.data.chat_template import ChatTemplate
 from keeptune.evaluation.benchmarks import end_of_thought
 from keeptune.evaluation.model_pairs import KeptAnswers
-from keeptune.evaluation.scored_tokens import limits_logits
+from keeptune.evaluation.scored_tokens import LOGITS_AT_ONCE, limits_logits, vocabulary_of
 from keeptune.evaluation.standard.entry import NamedBenchmark
 
 _LOG = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ def wrapped_model(
 
         def _loglikelihood_tokens(self, requests: Any, **given: Any) -> Any:
             self._longest = max((len(answer) for _, _, answer in requests), default=0)
+            fitting = LOGITS_AT_ONCE // max(self._longest * vocabulary_of(model), 1)
+            self.batch_size_per_gpu = min(benchmark.batch_size, max(fitting, 1))
             # lm-eval draws a bar for each batch of windows, whatever its argument.
             return super()._loglikelihood_tokens(requests, **(given | {"disable_tqdm": quiet}))
 
