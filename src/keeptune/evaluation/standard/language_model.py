@@ -91,14 +91,10 @@ def wrapped_model(
             return super()._loglikelihood_tokens(requests, **(given | {"disable_tqdm": quiet}))
 
         def _model_call(self, inps: torch.Tensor, *args: Any, **given: Any) -> Any:
-            # lm-eval reads the last tokens of rows that are padded with 0 on their right, from as many logits as there
-            # are; a text that ends in a token 0 is taken to be shorter than it is, and only leaves more of them.
             if not limits_logits(model):
                 return super()._model_call(inps, *args, **given)
-            ends = (inps.ne(0) * torch.arange(1, inps.shape[1] + 1, device=inps.device)).amax(dim=1)
-            last = inps.shape[1] - int(ends.min()) + self._longest
             with torch.no_grad():
-                return model(inps, logits_to_keep=min(last, inps.shape[1])).logits
+                return model(inps, logits_to_keep=_columns(inps, self._longest)).logits
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             rooms = (length - int(request.args[1].get("max_gen_toks") or _NEW_TOKENS) for request in requests)
@@ -116,6 +112,16 @@ def wrapped_model(
 
     size = benchmark.batch_size
     return Answers(pretrained=model, tokenizer=own, backend="causal", batch_size=size, max_length=length, **thoughts)
+
+
+def _columns(ids: torch.Tensor, longest: int) -> int:
+    """Returns at how many of the last places of a batch lm-eval may read logits, for answers up to ``longest``.
+
+    It pads rows with 0 on their right, and counts from the end of what it is given. A text that ends in a token 0 is
+    taken to be shorter than it is, which only leaves more places.
+    """
+    ends = (ids.ne(0) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(dim=1)
+    return min(ids.shape[1] - int(ends.min()) + longest, ids.shape[1])
 
 
 def _divided(requests: Sequence[Any], run: _Run) -> list[Any]:
