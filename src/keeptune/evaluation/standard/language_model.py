@@ -94,7 +94,7 @@ def wrapped_model(
             if not limits_logits(model):
                 return super()._model_call(inps, *args, **given)
             with torch.no_grad():
-                return model(inps, logits_to_keep=_columns(inps, self._longest)).logits
+                return self.model(inps, logits_to_keep=_columns(inps, self._longest)).logits
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             rooms = (length - int(request.args[1].get("max_gen_toks") or _NEW_TOKENS) for request in requests)
