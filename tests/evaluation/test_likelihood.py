@@ -83,6 +83,20 @@ def test_logits_are_those_that_are_needed_where_the_model_can(
     assert widths == [needed, longest]
 
 
+def test_a_model_that_gives_all_logits_is_compared_with_one_that_does_not(
+    tiny: Any, other: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = [Encoder(tokenizer, 99).choice(TEXTS[0], answer, "x") for answer in ("yes", "no, not at all")]
+    wanted = losses_and_divergence(TwoModels(tiny, other), sequences, Passes(2, 0, "x"))
+    forward = other.forward
+    monkeypatch.setattr(
+        other, "forward", lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
+    )
+    found = losses_and_divergence(TwoModels(tiny, other), sequences, Passes(2, 0, "x"))
+    for one, same in zip(found, wanted, strict=True):
+        assert one == pytest.approx(same, rel=1e-5)
+
+
 def test_batches_are_as_large_as_their_logits_allow(tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = [Encoder(tokenizer, 99).choice(TEXTS[0], answer, "x") for answer in ("yes", "no", "maybe")]
     sizes: list[int] = []

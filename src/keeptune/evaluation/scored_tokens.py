@@ -253,7 +253,7 @@ def log_likelihoods(model: PreTrainedModel, sequences: Sequence[ScoredTokens], p
     def sums_of(batch: Sequence[ScoredTokens]) -> list[float]:
         logits = _logits(model, batch, passes)
         sums = torch.zeros(len(batch), dtype=torch.float64)
-        for row, column, target in _chunks(batch, logits.shape[1]):
+        for row, column, target in _chunks(batch):
             sums.index_add_(0, row, _at(_log_probabilities(logits, row, column), target))
         need_finite(sums.isfinite(), passes.where, "log-probabilities")
         passes.advance(len(batch))
@@ -273,7 +273,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
 
     def losses_of(batch: Sequence[ScoredTokens]) -> list[dict[str, Any]]:
         base, tuned = of_both(pair, lambda model: _logits(model, batch, passes))
-        if base.shape[-1] != tuned.shape[-1]:
+        if base.shape != tuned.shape:
             raise ModelError(
                 passes.where,
                 got=f"vocabularies of {base.shape[-1]} before and {tuned.shape[-1]} after",
@@ -281,7 +281,7 @@ def losses_and_divergence(pair: ModelPair, sequences: Sequence[ScoredTokens], pa
                 next_step="Add the tuned model's new tokens to the base model, or drop this benchmark.",
             )
         sums = torch.zeros(3, len(batch), dtype=torch.float64)
-        for row, column, target in _chunks(batch, base.shape[1]):
+        for row, column, target in _chunks(batch):
             first, second = (_log_probabilities(logits, row, column) for logits in (base, tuned))
             sums[0].index_add_(0, row, -_at(first, target))
             sums[1].index_add_(0, row, -_at(second, target))
@@ -339,16 +339,16 @@ def _elements(model: PreTrainedModel) -> Callable[[Sequence[ScoredTokens]], int]
 
 
 def _logits(model: PreTrainedModel, batch: Sequence[ScoredTokens], passes: Passes) -> Tensor:
-    """Computes logits at the last places (R, C, V), from the first that is needed on where the model can."""
+    """Returns the logits of the last places (R, C, V), from the first that is needed on; a model may give all."""
     ids, mask = (part.to(model.device) for part in padded(batch, passes.pad))
     limit = {"logits_to_keep": _columns(batch)} if limits_logits(model) else {}
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **limit).logits
-    return logits
+    return logits[:, -_columns(batch) :]
 
 
-def _chunks(batch: Sequence[ScoredTokens], columns: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(batch: Sequence[ScoredTokens]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the scored tokens of a batch as (row, which of the last columns predicts it, token id)."""
-    first = max(map(_length, batch)) - columns
+    first = max(map(_length, batch)) - _columns(batch)
     row = torch.cat([torch.full((len(tokens.ids) - tokens.start,), index) for index, tokens in enumerate(batch)])
     column = torch.cat([torch.arange(tokens.start - 1, len(tokens.ids) - 1) for tokens in batch]) - first
     target = torch.cat([torch.tensor(tokens.ids[tokens.start :]) for tokens in batch])
