@@ -2,7 +2,7 @@
 
     D = mean_i KL(p_base(. | x_<i) || p(. | x_<i))           over the learned tokens i of a batch of texts       (1)
     P = k strength D                                         at every k-th optimiser step                        (2)
-    P = k p D / budget, k = 1 while it is overdrawn          p, and a limit on ∇P: penalties/budget.py           (3)
+    P = g p D / budget, g from 1 to k                        p, and a limit on ∇P: penalties/budget.py           (3)
 
 D is in nats per token, the measure of forgetting itself where penalties on the weights are its second order. A batch
 costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; taken at every k-th step, it
@@ -10,8 +10,10 @@ counts k times. An eighth of the texts, 16 at most, is never trained on. With a 
 the controller meets it in what is measured, D on the batch times the ratio of what held-out texts lose to what those of
 training do. The verdict at the end is the KL on all that are held out.
 
-While a budget is overdrawn a batch comes at every step: where gradients are clipped, as by default, one at every k-th
-step has a k-th of the say at most, however high p is, and the budget would stay overdrawn.
+Most can be lost in the first steps. A budget with k above 1 has its first batch at the second step, before which D is
+0; then each waits one step more than the last, up to k. While it is overdrawn a batch comes at every step: where
+gradients are clipped, as by default, one at every k-th step has a k-th of the say at most, however high p is, and the
+budget would stay overdrawn.
 
 What is chosen adds a quarter to a step, by tokens: a backward pass counts as two, so that a text of knowledge takes 4.5
 passes (with a check of held-out ones) and one of the task 3. Batches have 128 to 512 tokens; where the least are too
@@ -106,8 +108,8 @@ class Kl(Penalty):
     Args:
         strength: What a nat per token weighs against a nat of the task's loss.
         budget: In its place, the nats per token that may be lost on the knowledge.
-        every: At which optimiser steps: 4 is every fourth, weighed fourfold, and each while a budget is overdrawn; None
-            chooses it at the first step.
+        every: At which optimiser steps: 4 is every fourth, weighed fourfold; with a budget it comes to that step by
+            step, and to each step again while that is overdrawn; None chooses it at the first step.
         batch_size: Texts of such a step; None chooses: as many as add a quarter to a step, of 128 to 512 tokens.
         seed: Seed of their order.
     """
@@ -167,7 +169,7 @@ class Kl(Penalty):
         if knowledge.learned:
             learned = pad_sequence([torch.tensor(knowledge.learned[index]) for index in long], True, True)
         state = dict.fromkeys(self.state, 0.0) | {_LAST: self.budget or 0.0}
-        state |= {_SIZE: float(self.batch_size or 0), _EVERY: float(self.every or 0), _GAP: float(self.every or 0)}
+        state |= {_SIZE: float(self.batch_size or 0), **self._paced(self.every or 0)}
         held = {name: torch.tensor([value], dtype=torch.float64) for name, value in state.items()}
         return {_IDS: ids, _LENGTHS: torch.tensor(list(map(len, texts))), _LEARNED: learned, **held}
 
@@ -192,8 +194,13 @@ class Kl(Penalty):
     def choose(self, tensors: Mapping[str, Tensor], tokens: int) -> None:
         """Chooses the texts of a batch and k at the first step, from how many tokens of the task it has."""
         size, every = self.chosen(float(tensors[_LENGTHS].double().mean()), tokens)
-        for name, value in ((_SIZE, size), (_EVERY, every), (_GAP, every)):
+        for name, value in {_SIZE: size, **self._paced(every)}.items():
             tensors[name].fill_(value)
+
+    def _paced(self, every: int) -> dict[str, float]:
+        """Returns k and where it starts from; nothing of a budget is lost before the second step."""
+        gap, wait = (every, 0) if self.budget is None else (1, int(every > 1))
+        return {_EVERY: float(every), _GAP: float(gap), _WAIT: float(wait)}
 
     def undecided(self, tensors: Mapping[str, Tensor]) -> bool:
         """Returns whether these are still to be chosen."""
@@ -252,7 +259,7 @@ class Kl(Penalty):
         c = excess(tensors[_LAST] * ratio, budget)
         tensors[_MULTIPLIER].copy_(ascended(tensors[_MULTIPLIER], c, int(tensors[_GAP])))
         tensors[_PRESSURE].copy_(tensors[_MULTIPLIER] + GAIN * c)
-        tensors[_GAP].copy_(tensors[_EVERY] if c <= 0 else torch.ones_like(c))
+        tensors[_GAP].copy_(torch.minimum(tensors[_GAP] + 1, tensors[_EVERY]) if c <= 0 else torch.ones_like(c))
         return logs
 
     def conclude(self, tensors: Mapping[str, Tensor], last: Mapping[str, float]) -> list[str]:
