@@ -26,6 +26,12 @@ TASKS = {
 NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 NEAR = 0.02
 OWN = "the model's"  # dtype
+EARLIER = {
+    "keep at every k-th step": "at each k-th step",
+    "keep without the limit": "and at every step while the budget is overdrawn",
+    "keep without the limit, one text": "the same, one text at a time",
+    "keep without the first steps": "and its gradient limited by the task's",
+}
 ENOUGH = 6  # rows for a correlation
 _HEAD = """# Real language models: what methods forget
 
@@ -33,9 +39,8 @@ Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} c
 CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short examples (8 of labels, 4 of calls, 2 of
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
-a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is, and
-*at every k-th step* for its defaults before it took knowledge at every step while the budget is overdrawn, *without the
-limit* for those before its gradient was limited by the task's. Records name the commit.
+a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is; what
+it was before stands [at the end](#earlier-forms-of-keep). Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
@@ -63,12 +68,15 @@ def write_page(out: Path) -> None:
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
     steps = max(row["recipe"]["train"]["max_steps"] for row in rows)
     parts = [_HEAD.format(cells=len(rows), seeds=f"seeds {seeds}", steps=steps)]
-    for (model, task), some in groups(rows).items():
+    now = [row for row in rows if row["entry"] not in EARLIER]
+    for (model, task), some in groups(now).items():
         parts.append(f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}")
         parts.append(f"{over_seeds(some)}{predicted(some)}")
     if (out / "ifeval.jsonl").is_file():
-        parts.append(followed(read_rows(out / "ifeval.jsonl"), rows))
-    png(picture(rows), out / "real.png")
+        asked = [row for row in read_rows(out / "ifeval.jsonl") if row["entry"] not in EARLIER]
+        parts.append(followed(asked, now))
+    parts.append(earlier([row for row in rows if row["entry"] in EARLIER]))
+    png(picture(now), out / "real.png")
     write_bytes(out.with_suffix(".md"), "".join(parts).encode())
 
 
@@ -190,6 +198,25 @@ def followed(scored: Sequence[Row], rows: Sequence[Row]) -> str:
         share, half = lost(score)
         numbers = [f"{score['after']:.3f}", difference(score), f"{share:.0%} ± {half:.0%}"]
         lines.append(line(label(row), TASKS[row["task"]].partition(",")[0], tasks.get(cell_of(row), ""), *numbers))
+    return "\n".join(lines) + "\n"
+
+
+def earlier(rows: Sequence[Row]) -> str:
+    """What keep's defaults were before, oldest first: each form adds to the one above it."""
+    if not rows:
+        return ""
+    heads = ["knowledge", "model, task", "seed", "task", "C4, nats", "forgotten on average", "of 0.01 nats"]
+    lines = [
+        "\n## Earlier forms of keep\n\nIts defaults until each was found wanting. Today's also take knowledge at the"
+        " second step, and from there ever more rarely, up to each k-th.\n",
+        line(*heads),
+        line("---", "---", *["---:"] * (len(heads) - 2)),
+    ]
+    for row in sorted(rows, key=lambda row: [*EARLIER].index(row["entry"])):
+        (share, half), score = forgotten(row), row["scores"][row["task"]]
+        cells = [f"{EARLIER[row['entry']]}{'' if dtype(row) == OWN else ' ᶠ'}", f"{NAMES[row['model']]}, {row['task']}"]
+        numbers = [str(row["seed"]), f"{score['after']:.3f}", difference(row["scores"]["web"])]
+        lines.append(line(*cells, *numbers, f"{share:.1%} ± {half:.1%}", f"{row['last']['held_out/kl']:.4f}"))
     return "\n".join(lines) + "\n"
 
 

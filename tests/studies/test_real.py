@@ -103,6 +103,7 @@ def test_the_page_is_made_from_records(tmp_path: Path) -> None:
     rows = [record("lora, 0.001", 0.8, 0.2, 3.5), record("keep", 0.8, 0.4, 3.0), record("weak", 0.5, 0.4, 3.0)]
     rows.append(record("lora, 0.003", 0.8, 0.1, 3.9))  # no better, and more is lost
     assert real_tables.forgotten(rows[0])[0] == pytest.approx((0.5 + 1 - 2.718281828**-0.5) / 4)
+    rows.append(record("keep without the limit", 0.7, 0.4, 3.2) | {"last": {"held_out/kl": 0.0123}})
     out = tmp_path / "real"
     out.mkdir()
     (out / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -117,4 +118,6 @@ def test_the_page_is_made_from_records(tmp_path: Path) -> None:
     assert "| keep | 2 | 0.800 (0.800 to 0.800) | +0.050 (+0.000 to +0.100) |" in said
     assert "| lora, 0.001 | labels of statements | 0.800 | 0.300 | -10.0 [-30.0, +10.0] | 25% ± 50% |" in said
     assert "(lora, 0.001; of equal ones the lowest)" in said
+    assert said.count("| SmolLM2-135M-Instruct, labels | 0 | 0.700 | +0.200 [+0.000, +0.200] |") == 1
+    assert "| 0.0123 |" in said and "keep without the limit" not in said, "an earlier form stands at the end alone"
     assert "These learned less: weak (0.500)." in said and (out / "real.png").stat().st_size > 10_000
