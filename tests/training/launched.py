@@ -81,7 +81,7 @@ class Case:
 
 LORA = Lora(rank=2)
 CASES = {
-    "keep": Case(Keep(rank=2, nats=1e-3, every=2)),
+    "keep": Case(Keep(rank=2, nats=1e-2, every=2)),
     "l2": Case(LORA, (L2(strength=300.0),)),
     "laplace": Case(LORA, (Laplace(curvature="delta-kfac", strength=300.0),)),
     "kl": Case(LORA, (Kl(strength=5.0, batch_size=2),)),
