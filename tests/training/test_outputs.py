@@ -103,13 +103,19 @@ def test_dropout_does_not_enter(store: Path) -> None:
 
 @pytest.mark.parametrize("texts", [5, 7, 8, 40, 400])
 def test_every_text_that_is_not_held_out_comes_once_in_a_round(texts: int) -> None:
-    kept, size = held_out(texts), 3
+    kept, size = held_out(texts, seed=1), 3
     assert len(kept) == min(texts // 8, 16)
     rounds = -(-(texts - len(kept)) // size)
     batches = [trained_on(texts, size=size, seed=1, number=number) for number in range(2 * rounds)]
     seen = sum(batches[:rounds], [])
     assert sorted(seen + kept) == list(range(texts)) and seen != sorted(seen)
     assert batches[rounds:] == batches[:rounds]
+
+
+def test_of_texts_that_come_in_turns_each_kind_is_held_out() -> None:
+    for period in (2, 4):
+        assert {index % period for index in held_out(256, seed=0)} == set(range(period))
+    assert held_out(256, seed=0) != held_out(256, seed=1)
 
 
 def test_lengths_and_first_tokens_of_a_batch(plan: Plan) -> None:
@@ -147,7 +153,7 @@ def test_what_is_measured_at_the_end_is_the_definition_on_the_texts_held_out(sto
     penalties = Penalties(model, plan)
     found = penalties.value()
     data = knowledge()
-    wanted = float(defined(model, [data.sequences[7]], [0]).detach())
+    wanted = float(defined(model, [data.sequences[held_out(len(data.sequences), seed=0)[0]]], [0]).detach())
     assert found["held_out/kl"] == pytest.approx(wanted, rel=1e-4)
     assert (found["held_out/low"], found["held_out/high"], found["held_out/texts"]) == (*[found["held_out/kl"]] * 2, 1)
     assert penalties.value() == found and penalties.taken == 0

@@ -83,9 +83,12 @@ def kl_and_slope(base: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return kl_divergence(base, now), now.exp_().sub_(base.exp())
 
 
-def held_out(texts: int) -> list[int]:
-    """Returns which texts are only measured at the end: every eighth, 16 at most; none of fewer than eight."""
-    return list(range(_HELD_OUT - 1, texts, _HELD_OUT))[:_MOST_HELD_OUT]
+def held_out(texts: int, seed: int) -> list[int]:
+    """Returns which texts are only measured: an eighth, 16 at most, drawn once; none of fewer than eight.
+
+    Drawn, since texts may come in turns: those that a chat model writes are plain ones and conversations.
+    """
+    return _drawn(texts, seed)[: min(texts // _HELD_OUT, _MOST_HELD_OUT)]
 
 
 def trained_on(texts: int, *, size: int, seed: int, number: int) -> list[int]:
@@ -93,10 +96,14 @@ def trained_on(texts: int, *, size: int, seed: int, number: int) -> list[int]:
 
     Laws: equal numbers give equal batches; every such text comes once in a round of batches.
     """
-    left = sorted({*range(texts)} - {*held_out(texts)})
-    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed)).tolist()
+    left = _drawn(texts, seed)[len(held_out(texts, seed)) :]
     first = number % -(-len(left) // size) * size
-    return [left[index] for index in order[first : first + size]]
+    return left[first : first + size]
+
+
+def _drawn(texts: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(texts, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Kl(Penalty):
         every: At which optimiser steps: 4 is every fourth, weighed fourfold; with a budget it comes to that step by
             step, and to each step again while that is overdrawn; None chooses it at the first step.
         batch_size: Texts of such a step; None chooses: as many as add a quarter to a step, of 128 to 512 tokens.
-        seed: Seed of their order.
+        seed: Seed of their order, and of which are held out.
     """
 
     name = "kl"
@@ -217,7 +224,7 @@ class Kl(Penalty):
         None in the first round, where no text of a batch has been trained on yet, and where none is held out.
         """
         texts, batch, number = len(tensors[_IDS]), int(tensors[_SIZE]), int(tensors[_BATCH])
-        rows, size = held_out(texts), max(batch // 4, 1)
+        rows, size = held_out(texts, self.seed), max(batch // 4, 1)
         if self.budget is None or not rows or number * batch < texts - len(rows):
             return None
         first = number * size
@@ -225,7 +232,7 @@ class Kl(Penalty):
 
     def held_out(self, tensors: Mapping[str, Tensor]) -> Iterator[TextBatch]:
         """Yields the texts of the verdict; where none is held out, those of training."""
-        rows = held_out(len(tensors[_IDS])) or [*range(len(tensors[_IDS]))]
+        rows = held_out(len(tensors[_IDS]), self.seed) or [*range(len(tensors[_IDS]))]
         for first in range(0, len(rows), size := max(int(tensors[_SIZE]), 1)):
             yield _rows(tensors, rows[first : first + size])
 
@@ -267,7 +274,7 @@ class Kl(Penalty):
         if "held_out/kl" not in last:
             return []
         measured, low, high, texts = (last[f"held_out/{key}"] for key in ("kl", "low", "high", "texts"))
-        held = "held-out texts" if held_out(len(tensors[_IDS])) else "texts, which are those it was held on"
+        held = "held-out texts" if held_out(len(tensors[_IDS]), self.seed) else "texts, which are those it was held on"
         said = f"penalty kl: {measured:.2g} nats per token ({low:.2g} to {high:.2g}) lost on {texts:.0f} {held}"
         return [said if self.budget is None else f"{said}, of {self.budget:g}: {verdict(measured, self.budget)}"]
 
