@@ -39,8 +39,9 @@ Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} c
 CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short examples (8 of labels, 4 of calls, 2 of
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
-a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is; what
-it was before stands [at the end](#earlier-forms-of-keep). Records name the commit.
+a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is,
+*chats held out* for keep when every eighth text was held out, which of those that SmolLM2 writes are conversations all;
+what it was before stands [at the end](#earlier-forms-of-keep). Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
@@ -73,8 +74,7 @@ def write_page(out: Path) -> None:
         parts.append(f"\n## {NAMES.get(model, model)}: {TASKS[task]}\n\n{table(some)}\n{matched(some)}")
         parts.append(f"{over_seeds(some)}{predicted(some)}")
     if (out / "ifeval.jsonl").is_file():
-        asked = [row for row in read_rows(out / "ifeval.jsonl") if row["entry"] not in EARLIER]
-        parts.append(followed(asked, now))
+        parts.append(followed(read_rows(out / "ifeval.jsonl"), rows))
     parts.append(earlier([row for row in rows if row["entry"] in EARLIER]))
     png(picture(now), out / "real.png")
     write_bytes(out.with_suffix(".md"), "".join(parts).encode())
