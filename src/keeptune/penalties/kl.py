@@ -88,7 +88,7 @@ def held_out(texts: int, seed: int) -> list[int]:
 
     Drawn, since texts may come in turns: those that a chat model writes are plain ones and conversations.
     """
-    return _drawn(texts, seed)[: min(texts // _HELD_OUT, _MOST_HELD_OUT)]
+    return _divided(texts, seed)[0]
 
 
 def trained_on(texts: int, *, size: int, seed: int, number: int) -> list[int]:
@@ -96,14 +96,15 @@ def trained_on(texts: int, *, size: int, seed: int, number: int) -> list[int]:
 
     Laws: equal numbers give equal batches; every such text comes once in a round of batches.
     """
-    left = _drawn(texts, seed)[len(held_out(texts, seed)) :]
+    left = _divided(texts, seed)[1]
     first = number % -(-len(left) // size) * size
     return left[first : first + size]
 
 
-def _drawn(texts: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(texts, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
+def _divided(texts: int, seed: int) -> tuple[list[int], list[int]]:
+    order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed)).tolist()
+    kept = min(texts // _HELD_OUT, _MOST_HELD_OUT)
+    return order[:kept], order[kept:]
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,11 @@ class Kl(Penalty):
 
         None in the first round, where no text of a batch has been trained on yet, and where none is held out.
         """
+        if self.budget is None:
+            return None
         texts, batch, number = len(tensors[_IDS]), int(tensors[_SIZE]), int(tensors[_BATCH])
         rows, size = held_out(texts, self.seed), max(batch // 4, 1)
-        if self.budget is None or not rows or number * batch < texts - len(rows):
+        if not rows or number * batch < texts - len(rows):
             return None
         first = number * size
         return _rows(tensors, [rows[(first + index) % len(rows)] for index in range(min(size, len(rows)))])
