@@ -31,6 +31,14 @@ def moved(plan: Plan, steps: int = 2) -> Any:
     return model
 
 
+def later(model: Any, plan: Plan, steps: int) -> Penalties:
+    """Returns the penalties at a step that stands for so many."""
+    penalties = Penalties(model, plan)
+    for name, value in (("steps until it", 0), ("steps it stands for", steps)):
+        penalties._state[0][name].fill_(value)
+    return penalties
+
+
 def test_the_excess_is_zero_at_the_budget_and_bounded() -> None:
     found = excess(torch.tensor([0.0, 0.005, 0.01, 0.2], dtype=torch.float64), 0.01)
     assert found.tolist() == pytest.approx([-1.0, -0.5, 0.0, 1.0])
@@ -97,19 +105,19 @@ def test_the_pressure_is_on_at_once_when_there_is_no_room(tmp_path: Path) -> Non
 @pytest.mark.parametrize("length", [None, 1e-3, 10.0, 1e4])
 def test_the_gradient_of_a_budget_is_limited_by_the_tasks(length: float | None, scale: float, tmp_path: Path) -> None:
     """(1) of the controller: the direction stays; where the task's gradient is not there yet, so does the length."""
-    plan = planned(tmp_path, nats=1e-4, every=1, batch_size=8)
+    plan, k = planned(tmp_path, nats=1e-4, every=2, batch_size=8), 2
     model = moved(plan)
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = Penalties(model, plan)._gradients(1.0, 0, limited=False)[1]
-    whole = torch.cat([gradients[p].flatten() for p in trained])  # p ∇D / budget
+    gradients = later(model, plan, k)._gradients(1.0, 0, limited=False)[1]
+    whole = torch.cat([gradients[p].flatten() for p in trained])  # k p ∇D / budget
     size = (scale * length if length else 0.0) / len(whole) ** 0.5
     for parameter in trained:
         parameter.grad = torch.full_like(parameter, size) if length else None
-    Penalties(model, plan).step(scale)
+    later(model, plan, k).step(scale)
     added = torch.cat([(p.grad - size).flatten() for p in trained if p.grad is not None]) / scale
     free, p = float(whole.norm()), 1.0
-    assert p * 10 < free < p * 1e4
-    assert float(added.norm()) == pytest.approx(min(free, p * length) if length else free, rel=1e-3)
+    assert k * p * 10 < free < k * p * 1e4
+    assert float(added.norm()) == pytest.approx(min(free, k * p * length) if length else free, rel=1e-3)
     assert float(added @ whole) == pytest.approx(float(added.norm()) * free, rel=1e-3)
 
 
