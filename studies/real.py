@@ -52,11 +52,6 @@ def lora(rank: int = 8, name: str = "lora", **options: Any) -> Row:
     return {"name": name, "rank": rank, **({"alpha": 2 * rank} if name == "lora" else {}), **options}
 
 
-def keep(nats: float) -> Row:
-    """The section ``method`` of keep at a budget."""
-    return {"name": "keep", "rank": 8, "nats": nats, "every": 4, "batch_size": 2}
-
-
 @dataclass(frozen=True)
 class Entry:
     """A row of the tables: what it adds to a recipe, or the entry ``parent`` whose result it scales or repairs.
@@ -90,10 +85,11 @@ def entries() -> dict[str, Entry]:
             changes={"task": {"loss": {"name": "sdft", "temperature": 0.0, "max_completion_length": 32}}}
         ),
         "loss stm": Entry(changes={"task": {"stm_threshold": 2.5}}),
-        **{f"keep, {n:g}": Entry(keep(n), knowledge=own) for n in (0.0025, 0.005, 0.01, 0.02)},
+        **{f"keep, {n:g}": Entry({"name": "keep", "nats": n}, knowledge=own) for n in (0.0025, 0.005, 0.02)},
         "keep, defaults": Entry({"name": "keep"}, knowledge=own),
+        **{f"keep, rate {rate:g}": Entry({"name": "keep"}, rate=rate, knowledge=own) for rate in (3e-4, 3e-3)},
         "keep, one text": Entry({"name": "keep", "batch_size": 1}, knowledge=own),
-        "keep general, 0.005": Entry(keep(0.005), knowledge="general"),
+        "keep general": Entry({"name": "keep"}, knowledge="general"),
         "ewc-lora": Entry(changes={"penalties": [{"name": "ewc"}]}, knowledge=own),
         "loki": Entry({"name": "loki"}, knowledge=own),
     }
