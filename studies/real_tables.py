@@ -39,8 +39,8 @@ Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} c
 CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short examples (8 of labels, 4 of calls, 2 of
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
-a budget in nats stands for keep with that budget, held at every 4th step on 2 texts, *defaults* for keep as it is,
-*chats held out* for keep when every eighth text was held out, which of those that SmolLM2 writes are conversations all;
+*defaults* stands for keep as it is, at 0.01 nats (a number for another budget, *rate* for another peak rate), *chats
+held out* for keep when every eighth text was held out, which of those that SmolLM2 writes are conversations all;
 what it was before stands [at the end](#earlier-forms-of-keep). Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
