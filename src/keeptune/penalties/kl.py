@@ -279,7 +279,11 @@ class Kl(Penalty):
         measured, low, high, texts = (last[f"held_out/{key}"] for key in ("kl", "low", "high", "texts"))
         held = "held-out texts" if held_out(len(tensors[_IDS]), self.seed) else "texts, which are those it was held on"
         said = f"penalty kl: {measured:.2g} nats per token ({low:.2g} to {high:.2g}) lost on {texts:.0f} {held}"
-        return [said if self.budget is None else f"{said}, of {self.budget:g}: {verdict(measured, self.budget)}"]
+        if self.budget is None:
+            return [said]
+        found = verdict(measured, self.budget)
+        advice = ": try a lower learning rate, more texts, or a larger batch_size" if found == "overdrawn" else ""
+        return [f"{said}, of {self.budget:g}: {found}{advice}"]
 
 
 def _rows(tensors: Mapping[str, Tensor], rows: list[int]) -> TextBatch:
