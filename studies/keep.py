@@ -210,7 +210,7 @@ def scores_of(base: Base, folder: Path) -> dict[str, float]:
 _HEAD = """# keep on two small bases: all figures
 
 Made by `python studies/keep.py` (in `make study`), which says what is run; [keep.md](../guides/keep.md) says what it
-means. Means ± standard deviation over seeds 0 to 2 (one number: seed 0 alone). Scores of atlas are per cent right, of
+means. Means ± standard deviation over {seeds} seeds (one number: seed 0 alone). Scores of atlas are per cent right, of
 stories260K nats per token (lower is better). *Other facts* are those of 16 of the 33 relations, which the row *half
 the relations* has nothing of. *KL*: nats per token on the knowledge texts that were held out, at the end.
 
@@ -220,7 +220,7 @@ the relations* has nothing of. *KL*: nats per token on the knowledge texts that 
 
 def page_of(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]]) -> str:
     """Returns the page."""
-    parts = [_HEAD]
+    parts = [_HEAD.format(seeds=max(map(len, rows)))]
     for question, title in TITLES.items():
         own = [(one, scores) for one, scores in zip(asked, rows, strict=True) if one.question == question and scores]
         if not own:
@@ -248,7 +248,7 @@ def shown(base: Base, values: Sequence[float | None]) -> str:
 # Colour, where labels stand, and from which side.
 _FAMILIES: dict[str, tuple[str, tuple[int, int], str]] = {
     "LoRA": ("#999999", (-8, -12), "right"),
-    "keep": ("#d55e00", (-8, -14), "right"),
+    "keep": ("#d55e00", (-18, -14), "right"),
     "KL": ("#222222", (8, 5), "left"),
     "replay": ("#0072b2", (8, -12), "left"),
 }
@@ -278,7 +278,7 @@ def figure(asked: Sequence[Setting], rows: Sequence[Sequence[dict[str, float]]])
                 axes.annotate(text, (x, y), place, textcoords="offset points", fontsize=8, color=colour, ha=side)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.set_xlabel("topics learned", color=MUTED)
         axes.set_ylabel("facts kept", color=MUTED)
         axes.set_title("What a budget keeps at what it lets atlas learn", color=INK)
