@@ -6,7 +6,7 @@
 
 D is in nats per token, the measure of forgetting itself where penalties on the weights are its second order. A batch
 costs a forward and backward pass of ``batch_size`` texts, and a forward pass of the base; taken at every k-th step, it
-counts k times. An eighth of the texts, 16 at most, is never trained on. With a budget there is no strength to choose:
+counts k times. A quarter of the texts, 64 at most, is never trained on. With a budget there is no strength to choose:
 the controller meets it in what is measured, D on the batch times the ratio of what held-out texts lose to what those of
 training do. The verdict at the end is the KL on all that are held out.
 
@@ -50,7 +50,7 @@ _SIZE, _EVERY, _LAST, _HELD, _TRAINED = "size", "every", "last", "mean held out"
 _QUICK, _SLOW = 0.5, 0.2  # how much the last batch counts in means of D
 _LEAST, _MOST = 128, 512  # tokens of a batch whose size is chosen
 _COST, _SHARE, _RAREST = 4.5 / 3, 0.25, 8
-_HELD_OUT, _MOST_HELD_OUT = 8, 16  # one text of so many, up to so many
+_FEWEST, _HELD_OUT, _MOST_HELD_OUT = 8, 4, 64  # of so many texts on, one of so many, up to so many
 
 
 class TextBatch(NamedTuple):
@@ -84,9 +84,11 @@ def kl_and_slope(base: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def held_out(texts: int, seed: int) -> list[int]:
-    """Returns which texts are only measured: an eighth, 16 at most, drawn once; none of fewer than eight.
+    """Returns which texts are only measured: a quarter, 64 at most, drawn once; none of fewer than eight.
 
-    Drawn, since texts may come in turns: those that a chat model writes are plain ones and conversations.
+    Drawn, since texts may come in turns: those that a chat model writes are plain ones and conversations. A few texts
+    lose many times what most do: of a tuned SmolLM2's own, the mean of 16 is within a fifth of that of all for 79 draws
+    of 100, that of 64 for 98.
     """
     return _divided(texts, seed)[0]
 
@@ -103,7 +105,7 @@ def trained_on(texts: int, *, size: int, seed: int, number: int) -> list[int]:
 
 def _divided(texts: int, seed: int) -> tuple[list[int], list[int]]:
     order = torch.randperm(texts, generator=torch.Generator().manual_seed(seed)).tolist()
-    kept = min(texts // _HELD_OUT, _MOST_HELD_OUT)
+    kept = min(texts // _HELD_OUT, _MOST_HELD_OUT) if texts >= _FEWEST else 0
     return order[:kept], order[kept:]
 
 
