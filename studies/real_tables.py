@@ -31,6 +31,9 @@ EARLIER = {
     "keep without the limit": "and at every step while the budget is overdrawn",
     "keep without the limit, one text": "the same, one text at a time",
     "keep without the first steps": "and its gradient limited by the task's",
+    "keep, chats held out": "and from the second step on, ever more rarely up to each k-th",
+    "keep, 16 held out": "and held out at random: 16 texts, which no longer are conversations all",
+    "keep, 16 held out, rate 0.0003": "the same, at a rate of 3e-4",
 }
 ENOUGH = 6  # rows for a correlation
 _HEAD = """# Real language models: what methods forget
@@ -39,8 +42,7 @@ Made by `python -m studies.real` from [the records](real/cells.jsonl): {cells} c
 CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short examples (8 of labels, 4 of calls, 2 of
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
-*defaults* stands for keep as it is, at 0.01 nats (a number for another budget, *rate* for another peak rate), *chats
-held out* for keep when every eighth text was held out, which of those that SmolLM2 writes are conversations all;
+*defaults* stands for keep as it is, at 0.01 nats (a number for another budget, *rate* for another peak rate);
 what it was before stands [at the end](#earlier-forms-of-keep). Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
@@ -207,9 +209,8 @@ def earlier(rows: Sequence[Row]) -> str:
         return ""
     heads = ["knowledge", "model, task", "seed", "task", "C4, nats", "forgotten on average", "of 0.01 nats"]
     lines = [
-        "\n## Earlier forms of keep\n\nIts defaults until each was found wanting. Today's also take knowledge at the"
-        " second step, and from there ever more rarely, up to each k-th. *Of 0.01 nats*: what the run itself said, of"
-        " conversations alone on SmolLM2.\n",
+        "\n## Earlier forms of keep\n\nIts defaults until each was found wanting. Today's hold out 64 texts of 256."
+        " *Of 0.01 nats*: what the run itself said, on SmolLM2 of 16 conversations alone until they were drawn.\n",
         line(*heads),
         line("---", "---", *["---:"] * (len(heads) - 2)),
     ]
