@@ -43,7 +43,8 @@ CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short exa
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
 *defaults* stands for keep as it is, at 0.01 nats (a number for another budget, *rate* for another peak rate);
-what it was before stands [at the end](#earlier-forms-of-keep). Records name the commit.
+what it was before stands [at the end](#earlier-forms-of-keep). Rows of *kl* are of when 16 texts were held out, not 64.
+Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
