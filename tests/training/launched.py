@@ -84,7 +84,8 @@ CASES = {
     "keep": Case(Keep(rank=2, nats=1e-2, every=2)),
     "l2": Case(LORA, (L2(strength=300.0),)),
     "laplace": Case(LORA, (Laplace(curvature="delta-kfac", strength=300.0),)),
-    "kl": Case(LORA, (Kl(strength=5.0, batch_size=2),)),
+    # the texts of seed 0 have a gradient near 0, by which Adam divides: one number of 128 is rounding to 3e-5
+    "kl": Case(LORA, (Kl(strength=5.0, batch_size=2, seed=1),)),
     "ewc": Case(LORA, (Ewc(strength=1e3),)),
     "replay": Case(LORA, replay=0.2),
     "lora-null v1, twin": Case(LoraNull(rank=2), anchor="twin"),
