@@ -84,7 +84,7 @@ CASES = {
     "keep": Case(Keep(rank=2, nats=1e-2, every=2)),
     "l2": Case(LORA, (L2(strength=300.0),)),
     "laplace": Case(LORA, (Laplace(curvature="delta-kfac", strength=300.0),)),
-    # the texts of seed 0 have a gradient near 0, by which Adam divides: one number of 128 is rounding to 3e-5
+    # Rounding the logits of one process anew moves what is trained by 3e-6 here, with seed 0 by 3e-5 to 6e-5.
     "kl": Case(LORA, (Kl(strength=5.0, batch_size=2, seed=1),)),
     "ewc": Case(LORA, (Ewc(strength=1e3),)),
     "replay": Case(LORA, replay=0.2),
