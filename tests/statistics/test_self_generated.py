@@ -167,6 +167,16 @@ def test_prompts_are_answered_or_continued(stories: Any, chat: Any, tmp_path: Pa
     assert not any(prompt in text for text, prompt in zip([t.completion for t in found.texts], prompts, strict=True))
 
 
+def test_a_text_has_the_first_token_where_the_tokenizer_puts_it(stories: Any, chat: Any, tmp_path: Path) -> None:
+    bare = AutoTokenizer.from_pretrained(STORIES, add_bos_token=False)
+    bare.chat_template = chat.chat_template
+    with_it, without = (written(stories, own, tmp_path / name).texts for name, own in (("a", chat), ("b", bare)))
+    assert without == tuple(t if t.prompt else t._replace(ids=t.ids[1:], start=0) for t in with_it)
+    plain = [text for text in with_it if not text.prompt]
+    assert len(plain) == 5
+    assert {text.ids[:1] for text in plain} == {(chat.bos_token_id,)}
+
+
 def test_prompts_longer_than_the_positions_are_left_out(stories: Any, tokenizer: Any, tmp_path: Path) -> None:
     options = replace(OPTIONS, generate=None, prompts=("Tom " * 600, "Lily"))
     found = written(stories, tokenizer, tmp_path, options)
@@ -206,6 +216,11 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 )
 def test_faults(completion: str, ids: Any, reason: str | None) -> None:
     assert fault(Written((0, *ids), 1, "", completion)) == reason
+
+
+def test_a_single_token_is_of_no_use_without_one_before_it() -> None:
+    assert fault(Written((5,), 0, "", "word")) == "empty"
+    assert fault(Written((0, 5), 1, "", "word")) is None
 
 
 def test_peoples_texts_are_of_use(tokenizer: Any) -> None:

@@ -1,5 +1,8 @@
 """Knowledge that a base supplies itself: texts that it writes from its first token, and its answers in a chat.
 
+A text is held as the tokenizer encodes texts: with the first token only where the tokenizer puts it there. One that
+marks a chat's turns stands before no text that anybody uses, and what is kept after it is not kept without it.
+
 Token k of text i is the first whose cumulative probability, at the temperature, is above u_ik: a sample of the model's
 own distribution. The u of a text are drawn for it alone, from the seed and i: what is written beside it in a batch
 changes nothing but the last bits of its logits.
@@ -121,7 +124,7 @@ def write_texts(
         texts = []
         for some in batches:
             source = {"model": fingerprint, "data": drawn}
-            entry = {"class": "SelfWritten", "source": source, "texts": [some.start, some.stop]}
+            entry = {"class": "SelfWritten", "version": 2, "source": source, "texts": [some.start, some.stop]}
             kept = store.get(entry)
             if kept is None:
                 rows = json.dumps(writer().write(some)).encode()
@@ -159,6 +162,7 @@ class _Writer:
         # Texts start with the tokenizer's token, the model's, or else that which ends them.
         named = (tokenizer.bos_token_id, model.config.get_text_config().bos_token_id, tokenizer.eos_token_id)
         self.start = [] if options.prompts else [int(token) for token in named if token is not None][:1]
+        self.held = self.start if tokenizer("a")["input_ids"][:1] == self.start else []  # of it in a text
         if not self.start and not options.prompts:
             raise ModelError(
                 f"{where}, the tokenizer",
@@ -178,6 +182,7 @@ class _Writer:
         reads = {number: self._read(prompts[number], number in chats) for number in numbers}
         fitting = [number for number in numbers if self.most is None or len(reads[number]) + self.new <= self.most]
         news = self._continued({number: reads[number] for number in fitting}, self.limits, part=1)
+        reads |= {number: self.held for number in numbers if not given and number not in chats}
         return [
             Written((*reads[n], *news[n]), len(reads[n]), prompts[n], plain_text(self.tokenizer, news[n]))
             if n in news
@@ -323,7 +328,7 @@ def fault(text: Written) -> str | None:
     """
     if not text.ids:
         return "with a prompt too long"
-    if not text.completion.strip():
+    if len(text.ids) < 2 or not text.completion.strip():  # the first token is not predicted
         return "empty"
     new, raw = text.ids[text.start :], text.completion.encode()
     runs = list(zip(new, new[1:], new[2:], strict=False))
