@@ -96,9 +96,10 @@ def test_what_is_wrong_on_any_process_is_said_once(
         "launch", recipe, "--processes", 2, "--timeout", 0.1 if "STOP" in before else 2,
         out=tmp_path / "said.txt", folder=tmp_path, before=before,
     )  # fmt: skip
-    assert forks.wait(pid) == code
+    ended, output = forks.wait(pid), (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert ended == code, output
     assert time.monotonic() - started < 40
-    config, _, rest = (tmp_path / "said.txt").read_text(encoding="utf-8").partition("\n")
+    config, _, rest = output.partition("\n")
     assert re.fullmatch(
         r"KEEPTUNE_TIMEOUT=[\d.]+ accelerate launch --config_file .*multi_gpu.yaml -m keeptune run .*recipe.yaml",
         config,
