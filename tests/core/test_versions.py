@@ -12,7 +12,8 @@ from keeptune.core.versions import _commit, versions
 
 def test_versions_are_those_installed() -> None:
     known = versions()
-    assert known["torch"] == torch.__version__
+    number = torch.__version__
+    assert known["torch"] in (number, number.partition("+")[0])  # only in the module a CUDA build is 2.13.0+cu130
     assert {"python", "transformers", "peft", "trl", "keeptune", "platform"} <= set(known)
 
 
