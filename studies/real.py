@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import gc
 import json
 import logging
@@ -217,6 +218,7 @@ def run_cell(study: Study, cell: Cell) -> Row:
         "seconds": {key: round(value, 1) for key, value in seconds.items()},
         **{"recipe": about, "trained": trained["trained_parameters"], "last": last, "notes": trained["notes"]},
         "git": head(),
+        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),  # of another, seconds are of another machine
     }
 
 

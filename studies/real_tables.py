@@ -34,6 +34,7 @@ EARLIER = {
     "keep, chats held out": "and from the second step on, ever more rarely up to each k-th",
     "keep, 16 held out": "and held out at random: 16 texts, which no longer are conversations all",
     "keep, 16 held out, rate 0.0003": "the same, at a rate of 3e-4",
+    "keep, start token": "and 64 of 256 held out",
 }
 ENOUGH = 6  # rows for a correlation
 _HEAD = """# Real language models: what methods forget
@@ -43,8 +44,8 @@ CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short exa
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
 *defaults* stands for keep as it is, at 0.01 nats (a number for another budget, *rate* for another peak rate);
-what it was before stands [at the end](#earlier-forms-of-keep). Rows of *kl* are of when 16 texts were held out, not 64.
-Records name the commit.
+what it was before stands [at the end](#earlier-forms-of-keep). Other rows with *generated* texts that have no day are
+of when SmolLM2's plain ones began with its start token; *kl* held out 16 of them then, not 64. Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
@@ -56,8 +57,9 @@ benchmarks; ± is half of its interval, which takes the benchmarks as independen
 the tuned model on texts that the base wrote with another seed, the mean of plain texts and chats. *Plan*: its processor
 seconds (the base's texts were written before, or then where it took hundreds); *time*: those of training over
 the mean of LoRA's; a machine that others use made both vary. ᶠ: computed in float32, on a processor without
-instructions for bfloat16, and compared with the base in float32; its time is over that of LoRA there. Mostly one seed,
-few hundred items: differences within the intervals are noise.
+instructions for bfloat16, and compared with the base in float32. Times are over those of LoRA in the same numbers, of
+a row that has a *day* over LoRA's of that day, for machines differ. Mostly one seed, few hundred items: differences
+within the intervals are noise.
 
 ![What each row forgot on average](real/real.png)
 
@@ -101,6 +103,11 @@ def dtype(row: Row) -> str:
     return row["recipe"].get("dtype", OWN)
 
 
+def clock(row: Row) -> tuple[str, str]:
+    """What rows share whose seconds are compared: what they were computed in, and the day, where it is known."""
+    return dtype(row), row.get("day", "")
+
+
 def is_nats(score: Row) -> bool:
     """Whether lower is better: a loss has no right answers."""
     return "bits" not in score
@@ -142,17 +149,17 @@ def table(rows: Sequence[Row]) -> str:
     heads = [f"{name} ({own[key]['before']:.3f}, n {own[key]['n']})" for key, name in KEPT.items()]
     first = ["", f"task ({own[task]['before']:.3f}, n {own[task]['n']})", *heads, "forgotten on average", "KL"]
     lines = [line(*first, "plan, time"), line("---", *["---:"] * (len(first)))]
-    plain: dict[str, list[float]] = {}
+    plain: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if is_lora(row) and "train" in row["seconds"]:
-            plain.setdefault(dtype(row), []).append(row["seconds"]["train"])
+            plain.setdefault(clock(row), []).append(row["seconds"]["train"])
     for row in rows:
         share, half = forgotten(row)
         scores, seconds = row["scores"], row["seconds"]
         kl = kl_of(row)
         time = ""
-        if "train" in seconds and dtype(row) in plain:
-            time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain[dtype(row)]):.2f}"
+        if "train" in seconds and clock(row) in plain:
+            time = f"{seconds['plan']:.0f} s, {seconds['train'] / mean(plain[clock(row)]):.2f}"
         if row["entry"].startswith(("lora scaled", "repair", "fapm")):
             time = f"+{seconds.get('repair', 0):.0f} s"
         changes = [difference(scores[name]) for name in KEPT]
@@ -210,7 +217,8 @@ def earlier(rows: Sequence[Row]) -> str:
         return ""
     heads = ["knowledge", "model, task", "seed", "task", "C4, nats", "forgotten on average", "of 0.01 nats"]
     lines = [
-        "\n## Earlier forms of keep\n\nIts defaults until each was found wanting. Today's hold out 64 texts of 256."
+        "\n## Earlier forms of keep\n\nIts defaults until each was found wanting. Today's hold plain texts without the"
+        " start token that SmolLM2 wrote them after."
         " *Of 0.01 nats*: what the run itself said, on SmolLM2 of 16 conversations alone until they were drawn.\n",
         line(*heads),
         line("---", "---", *["---:"] * (len(heads) - 2)),

@@ -121,3 +121,15 @@ def test_the_page_is_made_from_records(tmp_path: Path) -> None:
     assert said.count("| SmolLM2-135M-Instruct, labels | 0 | 0.700 | +0.200 [+0.000, +0.200] |") == 1
     assert "| 0.0123 |" in said and "keep without the limit" not in said, "an earlier form stands at the end alone"
     assert "These learned less: weak (0.500)." in said and (out / "real.png").stat().st_size > 10_000
+
+
+def test_times_are_over_those_of_lora_in_the_same_numbers_of_the_same_day() -> None:
+    def timed(entry: str, seconds: float, day: str | None, **about: Any) -> dict[str, Any]:
+        own = record(entry, 0.8, 0.2, 3.0)
+        own["recipe"] = own["recipe"] | about
+        return own | {"seconds": {"plan": 1.0, "train": seconds}} | ({"day": day} if day else {})
+
+    rows = [timed("lora, 0.001", 10, None), timed("lora, 0.003", 40, "2026-12-01"), timed("a", 20, None)]
+    rows += [timed("b", 20, "2026-12-01"), timed("c", 20, "2026-12-02"), timed("d", 20, None, dtype="float32")]
+    said = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in real_tables.table(rows).splitlines()}
+    assert [said[name] for name in ("a", "b", "c", "d ᶠ")] == ["1 s, 2.00 |", "1 s, 0.50 |", " |", " |"]
