@@ -309,7 +309,8 @@ def picture(rows: Sequence[Row]) -> Figure:
             names = [f"{label(row)}   {abs(learned(row)):.3f}" for row in some]
             for place, row in enumerate(some):
                 share, half = (100 * part for part in forgotten(row))
-                colour = colours.get(row["entry"].partition(",")[0], MUTED)
+                family = row["entry"].partition(",")[0].removesuffix(" general")
+                colour = colours.get(family, MUTED)
                 axes.errorbar(share, place, xerr=half, fmt="o", color=colour, ms=5.5, elinewidth=1.0)
             axes.axvline(0, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
             frame(axes, "forgotten on average, %" if axes is plots[-1] else "")
