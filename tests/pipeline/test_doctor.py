@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 from tests.pipeline.support import keeptune, write_recipe
 
 from keeptune.cli.first_steps import examine
-from keeptune.core.versions import versions
 
 Values = Callable[..., dict[str, Any]]
 
@@ -21,7 +21,7 @@ Values = Callable[..., dict[str, Any]]
 def test_a_machine_without_a_recipe_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     said = keeptune("doctor", "--json", capsys=capsys)
     found = {one["what"]: one for one in json.loads(said.out)["findings"]}
-    assert (found["python"]["found"], found["torch"]["found"]) == (platform.python_version(), versions()["torch"])
+    assert (found["python"]["found"], found["torch"]["found"]) == (platform.python_version(), version("torch"))
     assert "cores" in found["cpu"]["found"]
     assert found["keeptune[benchmarks]"]["missing"] is False
 

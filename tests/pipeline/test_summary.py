@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from tests.report.test_tracing import model, record
 from keeptune.atlas import model_path
 from keeptune.core.artefact import read_json, write_json
 from keeptune.core.errors import ArtefactError, KeeptuneError
-from keeptune.core.versions import versions
 from keeptune.pipeline.reporting import write_report
 from keeptune.pipeline.run import plan_stage, run, start
 
@@ -176,7 +176,7 @@ def test_the_page_has_the_items_and_how_to_repeat_it_and_the_report_has_not(fini
     assert {row["index"] for row in shown} == {item["index"] for item in changed} != set()
     assert all((row["kind"] == "lost") == (row["after"] > row["before"]) for row in shown)
     assert "items" not in json.dumps(report)
-    for words in (f"keeptune run {folder}/recipe.json", "keeptune report", "max_steps: 3", versions()["torch"]):
+    for words in (f"keeptune run {folder}/recipe.json", "keeptune report", "max_steps: 3", version("torch")):
         assert words in text
 
 
