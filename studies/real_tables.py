@@ -44,8 +44,9 @@ CPU. LoRA of rank 8 (alpha 16) at every target, {steps} steps of a few short exa
 word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*: the base wrote the 256 texts that are
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
 *defaults* stands for keep as it is, at 0.01 nats (a number for another budget, *rate* for another peak rate);
-what it was before stands [at the end](#earlier-forms-of-keep). Other rows with *generated* texts that have no day are
-of when SmolLM2's plain ones began with its start token; *kl* held out 16 of them then, not 64. Records name the commit.
+what it was before stands [at the end](#earlier-forms-of-keep). Other rows with *generated* texts whose records name no
+day are of when SmolLM2's plain ones began with its start token; *kl* held out 16 of them then, not 64. Records name the
+commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
@@ -57,8 +58,8 @@ benchmarks; ± is half of its interval, which takes the benchmarks as independen
 the tuned model on texts that the base wrote with another seed, the mean of plain texts and chats. *Plan*: its processor
 seconds (the base's texts were written before, or then where it took hundreds); *time*: those of training over
 the mean of LoRA's; a machine that others use made both vary. ᶠ: computed in float32, on a processor without
-instructions for bfloat16, and compared with the base in float32. Times are over those of LoRA in the same numbers, of
-a row that has a *day* over LoRA's of that day, for machines differ. Mostly one seed, few hundred items: differences
+instructions for bfloat16, and compared with the base in float32. Times are over those of LoRA in the same numbers, and
+of the same day where the records name it, for machines differ. Mostly one seed, few hundred items: differences
 within the intervals are noise.
 
 ![What each row forgot on average](real/real.png)
