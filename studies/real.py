@@ -108,6 +108,9 @@ def entries() -> dict[str, Entry]:
         for strength in (0.3, 1.0, 3.0):
             kl = {"penalties": [{"name": "kl", "strength": strength, "batch_size": 4}]}
             found[f"kl {kind}, {strength:g}"] = Entry(changes=kl, knowledge=kind)
+    for strength in (1.0, 3.0, 10.0):  # at keep's cost: what it chooses to measure on, and when
+        kl = {"penalties": [{"name": "kl", "strength": strength, "every": None, "batch_size": None}]}
+        found[f"kl sparse, {strength:g}"] = Entry(changes=kl, knowledge=own)
     return found
 
 
@@ -115,12 +118,13 @@ def schedule() -> Iterator[Cell]:
     """The cells in an order in which wherever it stops, what is there is a table."""
     rates = [f"lora, {rate:g}" for rate in (1e-3, 3e-4, 3e-3)]
     held = ["keep, defaults", "kl generated, 1", "lora-null v1", "replay generated, 0.3"]
+    sparse = ["kl sparse, 1", "kl sparse, 3", "kl sparse, 10"]
     starts = ["oplora", "corda", "milora", "l2-lora", "lalora", "farss", "ewc-lora"]
     cells = [("smollm2", "labels", name) for name in [*rates[:2], *held[:2], "lora scaled, 0.5", *held[2:]]]
     cells += [("gemma3", "labels", name) for name in (rates[0], *held[:2])]
     cells += [("smollm2", task, name) for task in ("gsm8k", "calls") for name in (rates[0], held[0])]
     cells += [("smollm2", "labels", name) for name in [rates[2], *starts]]
-    cells += [("smollm2", task, name) for task in ("calls", "gsm8k") for name in held[1:]]
+    cells += [("smollm2", task, name) for task in ("labels", "calls", "gsm8k") for name in [*sparse, *held[1:]]]
     cells += [("smollm2", "labels", name) for name in entries()]
     yield from ((*cell, 0) for cell in dict.fromkeys(cells))
 

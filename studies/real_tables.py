@@ -45,8 +45,8 @@ word problems) and a peak rate of 1e-3 unless a row says otherwise. *generated*:
 to be kept itself, nobody gave a file; *general*: the mixture that ships. keep has generated ones unless it says so;
 *defaults* stands for keep as it is, at 0.01 nats (a number for another budget, *rate* for another peak rate);
 what it was before stands [at the end](#earlier-forms-of-keep). Other rows with *generated* texts whose records name no
-day are of when SmolLM2's plain ones began with its start token; *kl* held out 16 of them then, not 64. Records name the
-commit.
+day are of when SmolLM2's plain ones began with its start token; *kl* held out 16 of them then, not 64. It has a
+strength, and four texts at every step; *sparse*: what keep would take, so few and so rarely. Records name the commit.
 
 Kept benchmarks: ARC-Easy and OpenBookQA by log-likelihood; *facts*: the answer to a question of NQ-open, told from
 three answers to questions that begin alike, by log-likelihood; web text (C4). What a row shows is the difference to the
