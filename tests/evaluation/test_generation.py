@@ -79,19 +79,6 @@ def test_stop_strings_save_steps(stories: Any, tokenizer: Any, monkeypatch: pyte
     assert len(steps) < 20
 
 
-def test_the_head_gets_contiguous_states(stories: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a view, PyTorch on a CPU copies the whole frozen head for each row: 300 times as long."""
-    head, given = stories.get_output_embeddings(), []
-    forward = head.forward
-    monkeypatch.setattr(head, "forward", lambda states: given.append(states.is_contiguous()) or forward(states))
-    texts_of(stories, tokenizer, 8)
-    assert all(given)
-    assert not head._forward_pre_hooks
-    given.clear()
-    stories(torch.ones(2, 4, dtype=torch.long), logits_to_keep=1)
-    assert given == [False]  # without the hook
-
-
 def test_end_tokens_end(tiny: Any, tokenizer: Any) -> None:
     free = texts_of(tiny, tokenizer, 8, stops=())
     prompts = [Encoder(tokenizer, 99).prompt(text, "x").ids for text in PROMPTS]

@@ -1,6 +1,5 @@
 """What a model writes after given tokens, a batch at a time."""
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +43,8 @@ def continued(
 ) -> list[list[int]]:
     """Continues one batch of R prompts, token ids padded on the left.
 
-    The model's own generation settings (sampling, penalties) do not apply, nor do the tokenizer's settings of padding.
+    It is in evaluation mode (core/eval_mode.py). Its own generation settings (sampling, penalties) do not apply, nor do
+    the tokenizer's settings of padding.
     ``pick`` goes from (R, V) logits and the number of tokens written so far to the next R; None is the likeliest.
 
     Returns:
@@ -77,12 +77,8 @@ def continued(
         bos_token_id=tokenizer.bos_token_id,
     )
     generate: Any = model.generate
-    with contextlib.ExitStack() as stack:
-        # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
-        stack.enter_context(mock.patch.object(model, "generation_config", config))
-        # Of a prompt only the last state is taken; of such a view PyTorch on a CPU copies a frozen head for each row.
-        head = model.get_output_embeddings()
-        stack.callback(head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(),)).remove)
+    # generate() fills what a given config leaves open from the model's own, and then warns about temperature.
+    with mock.patch.object(model, "generation_config", config):
         written: Tensor = generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
