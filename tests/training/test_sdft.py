@@ -73,6 +73,16 @@ def test_two_steps_are_the_papers(name: str, options: dict[str, Any], tmp_path: 
     assert not torch.tensor([first, still]).isclose(torch.tensor(second), rtol=1e-3).any()
 
 
+def test_the_head_reads_contiguous_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(Lora(rank=2))
+    model, seen = install(load_model(MODEL), plan), set()
+    head = model.get_output_embeddings()
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: seen.add(states.is_contiguous()) or forward(states))
+    train(model, plan, TOKENIZER, EXAMPLES, config(tmp_path), Sdft(**GREEDY))
+    assert seen == {True}  # those of a slice are not
+
+
 def test_micro_batches_make_the_step_of_one_batch(tmp_path: Path) -> None:
     plan, found = planned(Lora(rank=2)), []
     for size in (8, 2):

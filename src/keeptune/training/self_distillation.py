@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from keeptune.core.errors import DataError, TrainError
+from keeptune.core.eval_mode import whole_states
 from keeptune.data.completions import Conversations, TaskExamples
 from keeptune.data.examples import Conversation
 from keeptune.model.head import refuse_unknown_tokens
@@ -98,6 +99,7 @@ def _asked(one: Conversation) -> tuple[list[dict[str, str]], str]:
 
 def teach(trainer: Any, loss: Sdft) -> None:
     """Makes the model as it is now the teacher, once its parameters are what training starts from."""
+    whole_states(trainer.model)  # TRL asks for the logits of what is written alone
     trainer.teacher_model = Start(trainer.model)
     trainer.add_callback(_Teacher(trainer.teacher_model.values, loss.teacher_update_rate))
 
